@@ -1,0 +1,39 @@
+# Hearth. `make` alone tells what there is.
+SHELL   := /bin/bash
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -X github.com/hearth-serverless/hearth/internal/daemon.version=$(VERSION)
+
+.DEFAULT_GOAL := help
+.PHONY: help build tools images test demo lint generate clean go
+
+help: ## show this list
+	@echo "Hearth $(VERSION): make TARGET"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+build: go ## compile Hearth's commands into bin/
+	@mkdir -p bin
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+tools: go ## compile containerd, runc, CNI plugins and the registry into .cache (some minutes once, then at once)
+	@tools/build >/dev/null
+
+images: build tools ## make the sample images (python, java, node, go, pause) in .cache; needs root and a Debian mirror
+	bin/bench images
+
+test: tools ## every test, under the race detector; those of the node want root; TESTFLAGS='-run X' narrows it
+	go test -race -timeout 15m $(TESTFLAGS) ./...
+
+demo: build tools ## start a function cold, from the pool and warm on this machine, as root; JSON=FILE keeps the rows
+	bin/bench demo $(if $(JSON),--json $(JSON))
+
+lint: go ## golangci-lint if it is installed, otherwise go vet
+	@if command -v golangci-lint >/dev/null; then golangci-lint run; else echo "golangci-lint is not installed: go vet only"; go vet ./...; fi
+
+generate: go ## write generated code again
+	go generate ./...
+
+clean: ## remove bin/ and .cache/: the next make tools and make images start from nothing
+	rm -rf bin .cache
+
+go:
+	@command -v go >/dev/null || { echo "Go is not on the PATH: install version $$(sed -n 's/^go //p' go.mod) or newer from https://go.dev/dl" >&2; exit 1; }
