@@ -1,0 +1,89 @@
+package images
+
+import (
+	"crypto/sha256"
+	"embed"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"runtime"
+
+	"github.com/hearth-serverless/hearth/runtimes"
+)
+
+// builderVersion is part of every cache key: raise it when the builder makes other images of the same recipe.
+const builderVersion = 2
+
+//go:embed functions
+var functions embed.FS
+
+// recipe says all that an image is made of, so that its hash can stand for the image.
+type recipe struct {
+	Packages []string // Debian packages over the common base; none for an image from scratch
+	Compiler []string // Debian packages present only while Compile runs
+	Compile  []string // command, run in appDir, that turns the source there into what the image holds
+	Output   string   // glob of what Compile leaves in appDir for the image
+	File     string   // the function's file name in the image: under appDir, or in / for an image from scratch
+	Source   []byte
+	Cmd      []string
+}
+
+// appDir is where the function lies in an image that has more than it.
+const appDir = "/app"
+
+func recipeOf(name string) (recipe, bool) {
+	source := func(file string) []byte {
+		text, err := functions.ReadFile("functions/" + name + "/" + file)
+		if err != nil {
+			panic(err) // the file is compiled in, so this is a mistake in this function
+		}
+		return text
+	}
+	switch name {
+	case "python":
+		return recipe{
+			Packages: []string{"python3", "python3-numpy", "python3-pandas", "python3-flask"},
+			File:     "function.py",
+			Source:   source("function.py"),
+			Cmd:      []string{"python3", appDir + "/function.py"},
+		}, true
+	case "java":
+		return recipe{
+			Packages: []string{"openjdk-17-jre-headless"},
+			Compiler: []string{"openjdk-17-jdk-headless"},
+			Compile:  []string{"javac", "-Xlint:all", "-Werror", "Function.java"},
+			Output:   "*.class",
+			File:     "Function.java",
+			Source:   source("Function.java"),
+			// Without nodelay every answer on a kept connection waits 40 ms for the client's acknowledgement.
+			Cmd: []string{"java", "-Dsun.net.httpserver.nodelay=true", "-cp", appDir, "Function"},
+		}, true
+	case "node":
+		return recipe{
+			Packages: []string{"nodejs"},
+			File:     "function.js",
+			Source:   source("function.js"),
+			Cmd:      []string{"node", appDir + "/function.js"},
+		}, true
+	case "go":
+		return recipe{File: "function", Source: source("main.go"), Cmd: []string{"/function"}}, true
+	case "pause":
+		return recipe{File: "pause", Source: runtimes.Pause(), Cmd: []string{"/pause"}}, true
+	}
+	return recipe{}, false
+}
+
+// key names a cached image: it changes with everything that the image is made of and that this program decides.
+func (r recipe) key() string {
+	return key(r, base(), runtime.Version())
+}
+
+// key hashes parts together with the builder's version and the machine's architecture.
+func key(parts ...any) string {
+	text, err := json.Marshal(parts)
+	if err != nil {
+		panic(err) // parts are plain structs of this package
+	}
+	sum := sha256.Sum256(fmt.Appendf(text, "\n%d %s", builderVersion, runtime.GOARCH))
+	return hex.EncodeToString(sum[:8])
+}
