@@ -1,0 +1,83 @@
+package registry
+
+import (
+	"testing"
+)
+
+func FuzzManifest(f *testing.F) {
+	const d = `"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"`
+	f.Add([]byte(`{"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{"digest":`+d+`,"size":1,"platform":{"os":"linux","architecture":"amd64","variant":"v1"}}]}`), "")
+	f.Add([]byte(`{"config":{"mediaType":"application/vnd.docker.container.image.v1+json","digest":`+d+`,"size":2},"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":`+d+`,"size":3}]}`), "application/json; charset=utf-8")
+	f.Add([]byte(`{"manifests":null,"layers":null,"config":null}`), dockerList)
+	f.Add([]byte(`{"schemaVersion":1,"fsLayers":[]}`), "")
+	f.Add([]byte(`{"manifests":[{"digest":"sha256:x","size":-1}]}`), "")
+	f.Fuzz(func(t *testing.T, data []byte, contentType string) {
+		m, err := parseManifest(data, contentType)
+		if err != nil {
+			return
+		}
+		if m.isIndex {
+			if best, err := choosePlatform(m.index); err == nil && best.Digest.Validate() != nil {
+				t.Fatalf("chose invalid %+v", best)
+			}
+			return
+		}
+		ids, err := parseConfig(data)
+		if err != nil {
+			return
+		}
+		layers, err := pairLayers(m.layers, ids)
+		for _, l := range layers {
+			if l.Size < 0 || l.Digest.Validate() != nil || l.DiffID.Validate() != nil {
+				t.Fatalf("invalid layer %+v (%v)", l, err)
+			}
+		}
+	})
+}
+
+func FuzzConfig(f *testing.F) {
+	f.Add([]byte(`{"rootfs":{"type":"layers","diff_ids":["sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"]}}`))
+	f.Add([]byte(`{"rootfs":{"diff_ids":["sha512:x", ""]}}`))
+	f.Add([]byte(`null`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		ids, err := parseConfig(data)
+		for _, id := range ids {
+			if err == nil && id.Validate() != nil {
+				t.Fatalf("accepted diffID %q", id)
+			}
+		}
+	})
+}
+
+func FuzzContentRange(f *testing.F) {
+	for _, s := range []string{"bytes 0-0/1", "bytes 5-9/*", "bytes */10", "bytes 9-5/10", "bytes 0-10/10",
+		"bytes -1-2/3", "bytes 0-99999999999999999999/*", "items 0-1/2", "BYTES 1-2/3", "bytes +1-2/3", ""} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		r, err := parseContentRange(s)
+		if err == nil && (r.first < 0 || r.last < r.first || r.total < -1 || r.total >= 0 && r.last >= r.total) {
+			t.Fatalf("%q: accepted %+v", s, r)
+		}
+	})
+}
+
+func FuzzDockerConfig(f *testing.F) {
+	f.Add([]byte(`{"auths":{"https://index.docker.io/v1/":{"auth":"dTpw"}},"credsStore":"x"}`), "docker.io")
+	f.Add([]byte(`{"auths":{"h:5000":{"identitytoken":"t"}},"credHelpers":{"h":"y"}}`), "h:5000")
+	f.Add([]byte(`{"auths":{"h":{"auth":"Og=="}}}`), "h")
+	f.Add([]byte(`{"auths":{"h":null},"credHelpers":null}`), "")
+	f.Fuzz(func(t *testing.T, data []byte, host string) {
+		cfg, err := parseDockerConfig(data)
+		if err != nil || cfg.validate() != nil {
+			return
+		}
+		keys := configKeys(host)
+		cfg.helper(keys)
+		for _, k := range keys {
+			if _, err := cfg.Auths[k].credential(); err != nil {
+				t.Fatalf("validated, but %v", err)
+			}
+		}
+	})
+}

@@ -1,0 +1,85 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+type metrics struct {
+	bytes    prometheus.Counter
+	requests *prometheus.CounterVec
+	retries  *prometheus.CounterVec
+	inFlight prometheus.Gauge
+}
+
+func newMetrics(reg prometheus.Registerer, b *budget) (*metrics, error) {
+	m := &metrics{
+		bytes: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "hearth_registry_fetched_bytes_total",
+			Help: "Body bytes read from registries, bytes that were read twice included.",
+		}),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_registry_requests_total",
+			Help: "Requests to registries by outcome of their headers.",
+		}, []string{"outcome"}),
+		retries: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_registry_retries_total",
+			Help: "Attempts that were repeated on the same host, by reason.",
+		}, []string{"reason"}),
+		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "hearth_registry_requests_in_flight",
+			Help: "Requests whose body is not read to its end yet.",
+		}),
+	}
+	buffered := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "hearth_registry_buffer_bytes",
+		Help: "Memory of range buffers in use.",
+	}, func() float64 { return float64(b.bytesInUse()) })
+	if reg == nil {
+		return m, nil
+	}
+	for _, c := range []prometheus.Collector{m.bytes, m.requests, m.retries, m.inFlight, buffered} {
+		if err := reg.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// outcome is the label of a request that ended with resp or err.
+func outcome(resp *http.Response, err error) string {
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return "canceled"
+	case err != nil:
+		return "transport_error"
+	case resp.StatusCode < 300:
+		return "ok"
+	case resp.StatusCode == http.StatusUnauthorized, resp.StatusCode == http.StatusForbidden:
+		return "unauthorized"
+	case resp.StatusCode == http.StatusNotFound:
+		return "not_found"
+	case resp.StatusCode == http.StatusTooManyRequests:
+		return "throttled"
+	case resp.StatusCode >= 500:
+		return "server_error"
+	}
+	return "client_error"
+}
+
+// retryReason is the label of an attempt that is repeated because of err.
+func retryReason(err error) string {
+	var se *StatusError
+	switch {
+	case errors.As(err, &se) && se.Code == http.StatusTooManyRequests:
+		return "throttled"
+	case errors.As(err, &se):
+		return "status"
+	case errors.Is(err, errStalled):
+		return "stalled"
+	}
+	return "transport"
+}
