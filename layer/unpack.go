@@ -1,0 +1,186 @@
+// Package layer turns the blob of an OCI image layer into a directory tree, fast, in bounded memory, and without trusting it.
+//
+// All stages of a layer overlap, one goroutine each, and hand one another blocks that they share instead of copying:
+//
+//	source ─┬─ blob digest
+//	        └─ decompress ─┬─ diffID
+//	                       └─ tar parser ── file writers
+//
+// The tree is what containerd's own applier would have made in the upper directory of an overlay: white-outs are character
+// devices 0/0, opaque directories carry trusted.overlay.opaque. The bytes come from anywhere: paths are resolved one component
+// at a time from directory handles, never by a string through the file system, so nothing is ever written outside the tree.
+package layer
+
+import (
+	"cmp"
+	"context"
+	_ "crypto/sha256" // the algorithms that digests may name
+	_ "crypto/sha512"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"runtime"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+)
+
+// Limits bound what a layer may cost, against bombs. Zero means the default.
+type Limits struct {
+	MaxBytes   int64 // decompressed bytes of a layer, holes included; default 64 GiB
+	MaxRatio   int64 // decompressed to compressed bytes, once more than 100 MiB came out; default 200
+	MaxEntries int64 // entries of a layer's tar; default 5 million
+}
+
+const (
+	defaultMaxBytes   = 64 << 30
+	defaultMaxRatio   = 200
+	defaultMaxEntries = 5_000_000
+	// ratioFloor is the output below which the ratio is not looked at: a small layer of zeros is no attack.
+	ratioFloor = 100 << 20
+
+	// defaultMemory lets a dozen layers overlap and leaves most of a 256 MiB node agent to others.
+	defaultMemory = 64 << 20
+)
+
+// Config is shared by all layers of a node.
+type Config struct {
+	Limits Limits
+	// Writers is how many files of a layer are written at the same time; default: the cores, from 2 to 8.
+	Writers int
+	// MemoryBytes bounds the blocks of all layers in flight together; default 64 MiB. A layer waits until its guaranteed share
+	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a window of at most 128 MiB for zstd.
+	MemoryBytes int64
+	Logger      *slog.Logger          // default: discard
+	Registerer  prometheus.Registerer // nil: no metrics
+}
+
+// Spec names a layer and what its bytes must be.
+type Spec struct {
+	Digest digest.Digest // of the blob as it travels
+	DiffID digest.Digest // of the tar inside
+	Size   int64         // of the blob; 0 if unknown
+	// MediaType is not looked at: the format is told from the bytes.
+	MediaType string
+}
+
+// Result is what Unpack made.
+type Result struct {
+	CompressedBytes int64 // size of the blob
+	Bytes           int64 // allocated on disk
+	Inodes          int64 // made in the tree, the root not counted
+	// ImplicitDirs are the directories that had no entry of their own, parents before children, relative to the tree. They
+	// want AdoptImplicitDirs once the parent layers are there.
+	ImplicitDirs []string
+	Timings      Timings
+}
+
+// Unpacker unpacks layers. It is safe for concurrent use; all its layers share one budget of memory.
+type Unpacker struct {
+	limits  Limits
+	writers int
+	arena   *arena
+	log     *slog.Logger
+	metrics *metrics
+}
+
+// New makes an Unpacker.
+func New(cfg Config) (*Unpacker, error) {
+	if cfg.Limits.MaxBytes < 0 || cfg.Limits.MaxRatio < 0 || cfg.Limits.MaxEntries < 0 || cfg.Writers < 0 || cfg.MemoryBytes < 0 {
+		return nil, errors.New("layer: limits, writers and memory must not be negative")
+	}
+	memory := cmp.Or(cfg.MemoryBytes, defaultMemory)
+	if least := int64(layerBlocks * blockMemory); memory < least {
+		return nil, fmt.Errorf("layer: %d bytes of memory cannot hold one layer, at least %d are needed", memory, least)
+	}
+	m, err := newMetrics(cfg.Registerer)
+	if err != nil {
+		return nil, fmt.Errorf("register layer metrics: %w", err)
+	}
+	return &Unpacker{
+		limits: Limits{
+			MaxBytes:   cmp.Or(cfg.Limits.MaxBytes, defaultMaxBytes),
+			MaxRatio:   cmp.Or(cfg.Limits.MaxRatio, defaultMaxRatio),
+			MaxEntries: cmp.Or(cfg.Limits.MaxEntries, defaultMaxEntries),
+		},
+		writers: cmp.Or(cfg.Writers, min(max(runtime.GOMAXPROCS(0), 2), 8)),
+		arena:   newArena(memory),
+		log:     cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler)),
+		metrics: m,
+	}, nil
+}
+
+// Unpack reads the blob from src to its end and writes its tree under dir, an existing empty directory. It returns only when
+// blob digest and diffID both held and every file is written; it does not sync. After an error the content of dir is anything,
+// and the caller removes it.
+//
+// What is wrong with the bytes is a *CorruptError, which matches ErrCorrupt. Errors of src and of the disk are wrapped, so that
+// errors.Is and errors.As find them. Unpack stops soon after ctx is done or a stage failed, but it waits for a Read of src that
+// is under way: src must end with the same ctx.
+func (u *Unpacker) Unpack(ctx context.Context, src io.Reader, spec Spec, dir string) (*Result, error) {
+	res, err := u.unpack(ctx, src, spec, dir)
+	u.metrics.done(res, err)
+	if err == nil {
+		return res, nil
+	}
+	if errors.Is(err, ErrCorrupt) {
+		return nil, err
+	}
+	return nil, fmt.Errorf("unpack layer %s: %w", spec.Digest, err)
+}
+
+func (u *Unpacker) unpack(ctx context.Context, src io.Reader, spec Spec, dir string) (*Result, error) {
+	for _, d := range []digest.Digest{spec.Digest, spec.DiffID} {
+		if err := d.Validate(); err != nil {
+			return nil, fmt.Errorf("digest %q: %w", d, err)
+		}
+	}
+	q, err := u.arena.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer q.close()
+
+	g, gctx := errgroup.WithContext(ctx)
+	p := newPipeline(u, q, spec)
+	x, err := newExtractor(gctx, p, dir)
+	if err != nil {
+		return nil, err
+	}
+	defer x.close()
+
+	var blob, tar hashStage
+	g.Go(func() error { return p.fetch(gctx, src) })
+	g.Go(func() error { return blob.run(gctx, p.toDigest, p.spec.Digest, "digest", p) })
+	g.Go(func() error { return p.decompress(gctx) })
+	g.Go(func() error { return tar.run(gctx, p.toDiffID, p.spec.DiffID, "diffID", p) })
+	g.Go(func() error { return x.parse() })
+	writers := make([]writer, u.writers)
+	for i := range writers {
+		g.Go(func() error { return writers[i].run(gctx, x) })
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	if err := p.sameDigest(); err != nil {
+		return nil, err
+	}
+	if err := x.finish(); err != nil {
+		return nil, err
+	}
+
+	res := x.result()
+	res.CompressedBytes = p.fetched
+	res.Timings.Fetch = p.fetchClock.stage
+	res.Timings.Decompress = p.decompressClock.stage
+	res.Timings.Digest, res.Timings.DiffID = blob.clock.stage, tar.clock.stage
+	for i := range writers {
+		res.Bytes += writers[i].bytes
+		res.Inodes += writers[i].inodes
+		res.Timings.Write.merge(writers[i].clock.stage)
+	}
+	u.log.Debug("layer unpacked", "layer", spec.Digest, "format", p.format, "blob_bytes", p.fetched, "tar_bytes", p.decompressed, "inodes", res.Inodes)
+	return res, nil
+}
