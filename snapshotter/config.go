@@ -1,0 +1,66 @@
+package snapshotter
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/hearth-serverless/hearth/layer"
+	"github.com/hearth-serverless/hearth/registry"
+)
+
+// Registry brings images and the bytes of their layers. *registry.Client is one.
+type Registry interface {
+	Image(ctx context.Context, ref string, dgst digest.Digest) (*registry.Image, error)
+	Open(ctx context.Context, ref string, l registry.Layer) (io.ReadCloser, error)
+}
+
+// Unpacker turns a layer's bytes into a tree. *layer.Unpacker is one.
+type Unpacker interface {
+	Unpack(ctx context.Context, src io.Reader, spec layer.Spec, dir string) (*layer.Result, error)
+}
+
+// Config says where a Snapshotter lives and what it works with. Root, Registry and Layers are required.
+type Config struct {
+	// Root is a directory of its own, on a file system that can be an overlay's upper directory. One process at a time.
+	Root     string
+	Registry Registry
+	Layers   Unpacker
+	// Parallel is how many layers are fetched and unpacked at the same time, the larger ones first; default 4.
+	Parallel int
+	// ResolveTimeout bounds reading an image's manifest and config; default 30 s.
+	ResolveTimeout time.Duration
+	// StallTimeout ends a job that has received no byte for so long; default 60 s.
+	StallTimeout time.Duration
+	// PrepareTimeout bounds every Prepare, since containerd's garbage collection waits behind it; default 15 min.
+	PrepareTimeout time.Duration
+	// SessionIdle is how long an image's layers are fetched on, and kept, though containerd asks for none of them; default 1 min.
+	SessionIdle time.Duration
+	Logger      *slog.Logger          // default: discard
+	Registerer  prometheus.Registerer // nil: no metrics
+}
+
+// withDefaults checks the config and fills in what is not set.
+func (c Config) withDefaults() (Config, error) {
+	switch {
+	case c.Root == "":
+		return c, errors.New("snapshotter: no root directory")
+	case c.Registry == nil || c.Layers == nil:
+		return c, errors.New("snapshotter: registry and layers are required")
+	case c.Parallel < 0 || c.ResolveTimeout < 0 || c.StallTimeout < 0 || c.PrepareTimeout < 0 || c.SessionIdle < 0:
+		return c, errors.New("snapshotter: counts and timeouts must not be negative")
+	}
+	c.Parallel = cmp.Or(c.Parallel, 4)
+	c.ResolveTimeout = cmp.Or(c.ResolveTimeout, 30*time.Second)
+	c.StallTimeout = cmp.Or(c.StallTimeout, time.Minute)
+	c.PrepareTimeout = cmp.Or(c.PrepareTimeout, 15*time.Minute)
+	c.SessionIdle = cmp.Or(c.SessionIdle, time.Minute)
+	c.Logger = cmp.Or(c.Logger, slog.New(slog.DiscardHandler))
+	return c, nil
+}
