@@ -1,0 +1,234 @@
+package gateway
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+)
+
+const (
+	minRetry = 50 * time.Millisecond // between rounds of activations of a Function whose last failed
+	maxRetry = 5 * time.Second
+)
+
+// dispatcher collects the functions whose queues want looking at; one goroutine takes them and starts activations.
+type dispatcher struct {
+	mu     sync.Mutex // guards due
+	due    map[*function]struct{}
+	signal chan struct{} // holds one
+}
+
+func newDispatcher() *dispatcher {
+	return &dispatcher{due: map[*function]struct{}{}, signal: make(chan struct{}, 1)}
+}
+
+func (d *dispatcher) wake(f *function) {
+	d.mu.Lock()
+	d.due[f] = struct{}{}
+	d.mu.Unlock()
+	select {
+	case d.signal <- struct{}{}:
+	default:
+	}
+}
+
+func (d *dispatcher) take() map[*function]struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	due := d.due
+	d.due = map[*function]struct{}{}
+	return due
+}
+
+// run starts activations until ctx is done, then waits for those in flight, which end with ctx.
+func (d *dispatcher) run(ctx context.Context, activate func(context.Context, *function)) {
+	var activations sync.WaitGroup
+	defer activations.Wait()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.signal:
+		}
+		for f := range d.take() {
+			for range f.begin(time.Now()) {
+				activations.Go(func() { activate(ctx, f) })
+			}
+		}
+	}
+}
+
+// begin says how many activations the queue needs now, and counts them as in flight: one for as many waiters as an Instance
+// serves at once, less those under way, within the Function's maximum. After a failure one at a time tries, not before its time.
+func (f *function) begin(now time.Time) int {
+	f.mu.Lock()
+	defer f.unlock()
+	f.pump(now)
+	waiting := f.waiting.Len()
+	if waiting == 0 || f.deleted {
+		return 0
+	}
+	f.setAlarm(now)
+	want := (waiting+f.limits.concurrency-1)/f.limits.concurrency - f.starting
+	if f.failures > 0 {
+		want = min(want, 1-f.starting)
+		if now.Before(f.retryAt) {
+			return 0
+		}
+	}
+	n := max(0, min(want, f.limits.max-f.lives(now)-f.starting))
+	f.starting += n
+	return n
+}
+
+// setAlarm has the queue looked at again when waiting alone changes something: a retry is due, or an endpoint is to be
+// tried again.
+func (f *function) setAlarm(now time.Time) {
+	var at time.Time
+	consider := func(t time.Time) {
+		if t.After(now) && (at.IsZero() || t.Before(at)) {
+			at = t
+		}
+	}
+	if f.failures > 0 {
+		consider(f.retryAt)
+	}
+	for _, e := range f.endpoints {
+		consider(e.downUntil)
+	}
+	switch {
+	case at.IsZero():
+	case f.alarm == nil:
+		f.alarm = time.AfterFunc(at.Sub(now), func() { f.wake(f) })
+	default:
+		f.alarm.Reset(at.Sub(now))
+	}
+}
+
+// started takes in the reply of an activation: the Instance gets requests at once, before any Watch event tells of it.
+func (f *function) started(in *hearthv1.Instance, s *start) {
+	f.mu.Lock()
+	defer f.unlock()
+	now := s.ended
+	f.starting--
+	f.failures, f.retryAt = 0, time.Time{}
+	if e := f.endpoint(in.GetId()); e != nil {
+		e.explain(s)
+	} else if !f.deleted && !f.gone.has(in.GetId()) {
+		e = newEndpoint(in.GetId(), in.GetAddress(), f.config)
+		e.explain(s)
+		e.trustUntil = now.Add(trustTime)
+		f.endpoints = append(f.endpoints, e)
+	}
+	f.pump(now)
+	if f.waiting.Len() > 0 {
+		f.wake(f)
+	}
+}
+
+// startFailed takes in that an activation gave no Instance. Those who wait go on waiting while there is anything to wait
+// for: another activation, or a slot of an Instance that serves.
+func (f *function) startFailed(why *refusal, now time.Time) {
+	f.mu.Lock()
+	defer f.unlock()
+	f.starting--
+	if !now.Before(f.retryAt) { // those of one round count once
+		f.failures++
+		backoff := min(minRetry<<min(f.failures-1, 10), maxRetry)
+		f.retryAt = now.Add(backoff/2 + mathrand.N(backoff/2))
+	}
+	if why.retryAfter > 0 {
+		why.retryAfter = max(why.retryAfter, f.retryAt.Sub(now))
+	}
+	if f.starting == 0 && f.lives(now) == 0 {
+		f.refuseAll(why, now)
+	}
+	if f.waiting.Len() > 0 {
+		f.wake(f)
+	}
+}
+
+// activate is one activation from call to consequence.
+func (g *Gateway) activate(ctx context.Context, f *function) {
+	ctx, cancel := context.WithTimeout(ctx, max(g.config.ActivationTime, f.timeout()))
+	defer cancel()
+	begun := time.Now()
+	res, err := g.allocate(ctx, f.name)
+	ended := time.Now()
+	f.metrics.activation(ended.Sub(begun), err)
+	if err != nil {
+		g.config.Logger.Info("activation failed", "function", f.name, "duration", ended.Sub(begun), "err", err)
+		f.startFailed(allocationRefusal(f.name, err), ended)
+		return
+	}
+	in := res.GetInstance()
+	g.config.Logger.Debug("activated", "function", f.name, "instance", in.GetId(), "duration", ended.Sub(begun))
+	f.started(in, &start{begun: begun, ended: ended, phases: phasesOf(res.GetPhases())})
+}
+
+// allocate asks until there is an answer other than "unavailable", within the configured patience. Each time with the same
+// id: what the first call may have begun is then what the second finds.
+func (g *Gateway) allocate(ctx context.Context, name string) (*hearthv1.AllocateResponse, error) {
+	req := &hearthv1.AllocateRequest{Function: name, Id: rand.Text()}
+	if deadline, ok := ctx.Deadline(); ok {
+		req.Deadline = timestamppb.New(deadline)
+	}
+	giveUp := time.Now().Add(g.config.Patience)
+	for pause := minRetry; ; pause = min(2*pause, time.Second/2) {
+		res, err := g.config.Pool.Allocate(ctx, req)
+		if err == nil {
+			if in := res.GetInstance(); in.GetId() == "" || !validAddress(in.GetAddress()) {
+				return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("poolmanager named instance %q at address %q", in.GetId(), in.GetAddress()))
+			}
+			return res, nil
+		}
+		wait := pause/2 + mathrand.N(pause/2)
+		if connect.CodeOf(err) != connect.CodeUnavailable || time.Now().Add(wait).After(giveUp) {
+			return nil, err
+		}
+		if !sleep(ctx, wait) {
+			return nil, err
+		}
+	}
+}
+
+// sleep waits, and says whether ctx let it.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// allocationRefusal says to clients why there is no Instance for them.
+func allocationRefusal(name string, err error) *refusal {
+	message := err.Error()
+	if e := new(connect.Error); errors.As(err, &e) {
+		message = e.Message()
+	}
+	switch connect.CodeOf(err) {
+	case connect.CodeNotFound:
+		return unknownFunction(name)
+	case connect.CodeResourceExhausted:
+		return noInstance("no_capacity", name, message, "try again; raise the function's max, or give the pool more instances", time.Second)
+	case connect.CodeInternal, connect.CodeInvalidArgument, connect.CodeFailedPrecondition:
+		return noInstance("start_failed", name, message, "see `hearth logs "+name+"`: the function itself may be at fault", time.Second)
+	case connect.CodeDeadlineExceeded:
+		return noInstance("start_too_slow", name, "no instance came up in time: "+message, "see `hearth start --trace "+name+"` for where the time goes", time.Second)
+	default:
+		return noInstance("pool_unavailable", name, message, "try again; if it lasts, look at poolmanager and nodeagent with `hearth status`", time.Second)
+	}
+}

@@ -1,0 +1,154 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+)
+
+const (
+	// trustTime is how long an Instance that an Allocate reply named is believed in against Watch events that leave it out:
+	// they may have been made before it served.
+	trustTime = time.Second
+	// strikesAllowed: one dial time-out says little, and must not put away the only endpoint there is.
+	strikesAllowed = 3
+	minDownTime    = time.Second
+	maxDownTime    = 30 * time.Second
+	// idleUpstream is shorter than what servers commonly keep idle connections for (gunicorn 2 s, node 5 s), so that the
+	// server does not close one just as a request goes out on it. A new one to an Instance costs a tenth of a millisecond.
+	idleUpstream    = 1500 * time.Millisecond
+	maxIdleUpstream = 256
+)
+
+// endpoint is one Instance that serves a Function. Fields after the blank line are guarded by the function's mutex.
+type endpoint struct {
+	id, address string
+	plain       *http.Transport // HTTP/1.1, with a pool of connections that is this Instance's alone
+	grpc        *http.Transport // h2c
+	known       chan struct{}   // closed when start is set
+
+	inFlight   int
+	draining   bool // gets no new requests
+	confirmed  bool // a Watch event has named it
+	omitted    bool // the newest Watch event leaves it out
+	trustUntil time.Time
+	strikes    int
+	downs      int
+	downUntil  time.Time // no requests until then: connecting to it failed
+	start      *start    // what an Allocate reply said of its start; nil when a Watch event brought it
+}
+
+// start is one activation, as those that waited for it see it.
+type start struct {
+	begun  time.Time // when Allocate was called
+	ended  time.Time
+	phases []Phase // offsets from begun
+}
+
+func newEndpoint(id, address string, c *Config) *endpoint {
+	e := &endpoint{id: id, address: address, known: make(chan struct{})}
+	dial := e.dialer(c)
+	e.plain = &http.Transport{
+		DialContext: dial, DisableCompression: true,
+		MaxIdleConnsPerHost: maxIdleUpstream, IdleConnTimeout: idleUpstream,
+		ExpectContinueTimeout: time.Second, MaxResponseHeaderBytes: 1 << 20,
+		WriteBufferSize: 16 << 10, ReadBufferSize: 16 << 10,
+	}
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	e.grpc = &http.Transport{DialContext: dial, DisableCompression: true, Protocols: protocols, IdleConnTimeout: idleUpstream}
+	return e
+}
+
+// transport is the one for a request: gRPC needs HTTP/2 all the way, everything else takes HTTP/1.1.
+func (e *endpoint) transport(r *http.Request) *http.Transport {
+	if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+		return e.grpc
+	}
+	return e.plain
+}
+
+// close lets idle connections go; those in use end with their requests.
+func (e *endpoint) close() {
+	e.plain.CloseIdleConnections()
+	e.grpc.CloseIdleConnections()
+}
+
+// dialError says that nothing of a request has been sent, so that it may go elsewhere.
+type dialError struct{ err error }
+
+func (e *dialError) Error() string { return e.err.Error() }
+func (e *dialError) Unwrap() error { return e.err }
+
+func (e *dialError) timeout() bool {
+	var t net.Error
+	return errors.Is(e.err, context.DeadlineExceeded) || errors.As(e.err, &t) && t.Timeout()
+}
+
+// dialer ignores the address that a URL names: an endpoint's connections go to its Instance.
+func (e *endpoint) dialer(c *Config) func(context.Context, string, string) (net.Conn, error) {
+	dial, patience, address := c.Dial, c.DialTime, e.address
+	return func(ctx context.Context, network, _ string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		conn, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, &dialError{fmt.Errorf("connect to instance %s: %w", e.id, err)}
+		}
+		return conn, nil
+	}
+}
+
+// takes says whether the endpoint may get another request now.
+func (e *endpoint) takes(now time.Time, concurrency int) bool {
+	return e.live(now) && e.inFlight < concurrency
+}
+
+// live says whether the endpoint counts as an Instance that is there.
+func (e *endpoint) live(now time.Time) bool {
+	return !e.draining && !e.distrusted(now) && !now.Before(e.downUntil)
+}
+
+func (e *endpoint) distrusted(now time.Time) bool {
+	return e.omitted && (e.confirmed || now.After(e.trustUntil))
+}
+
+// suspect says whether it was put away, and has not answered since.
+func (e *endpoint) suspect() bool { return e.downs > 0 }
+
+// before says whether a request rather goes here than to other.
+func (e *endpoint) before(other *endpoint) bool {
+	if e.suspect() != other.suspect() {
+		return other.suspect()
+	}
+	return e.inFlight < other.inFlight
+}
+
+// failed notes that connecting did not work, and says whether the endpoint is put away because of it.
+func (e *endpoint) failed(now time.Time, timeout bool) bool {
+	if timeout {
+		if e.strikes++; e.strikes < strikesAllowed {
+			return false
+		}
+	}
+	e.strikes = 0
+	e.downUntil = now.Add(min(minDownTime<<min(e.downs, 10), maxDownTime))
+	e.downs++
+	return true
+}
+
+// explain sets how the endpoint was started, once.
+func (e *endpoint) explain(s *start) {
+	if e.start == nil && s != nil {
+		e.start = s
+		close(e.known)
+	}
+}
+
+func (e *endpoint) answered() {
+	e.strikes, e.downs = 0, 0
+}

@@ -1,0 +1,140 @@
+package gateway
+
+import (
+	"crypto/rand"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	smallAnswerBytes = copyBytes
+	smallAnswerTime  = 2 * time.Millisecond
+)
+
+// rewrite turns the client's request into the Instance's. ReverseProxy has taken off hop-by-hop headers, and those about
+// forwarding, which come back here: a client of this gateway may be a proxy itself.
+func (x *exchange) rewrite(p *httputil.ProxyRequest) {
+	u := p.Out.URL
+	u.Scheme, u.Opaque, u.User, u.Fragment = "http", "", nil, ""
+	u.RawQuery = p.In.URL.RawQuery // as it was, parsable or not: what it means is the Function's business
+	x.route.strip(u)
+	p.Out.Trailer = p.In.Trailer // the same map: its values come at the end of the body
+
+	in, out := p.In.Header, p.Out.Header
+	if strings.EqualFold(out.Get("Upgrade"), "h2c") {
+		// An Instance that agreed would get requests past the gateway.
+		out.Del("Upgrade")
+		out.Del("Connection")
+		out.Del("Http2-Settings")
+	}
+	if client, _, err := net.SplitHostPort(p.In.RemoteAddr); err == nil {
+		if prior := in["X-Forwarded-For"]; len(prior) > 0 {
+			client = strings.Join(prior, ", ") + ", " + client
+		}
+		out.Set("X-Forwarded-For", client)
+	}
+	if v := in["Forwarded"]; len(v) > 0 {
+		out["Forwarded"] = v
+	}
+	proto := "http"
+	if p.In.TLS != nil {
+		proto = "https"
+	}
+	keep(out, in, "X-Forwarded-Host", p.In.Host)
+	keep(out, in, "X-Forwarded-Proto", proto)
+	if x.route.prefix != "" {
+		out.Set("X-Forwarded-Prefix", x.route.prefix)
+	}
+	if out.Get("X-Request-Id") == "" {
+		out.Set("X-Request-Id", rand.Text())
+	}
+}
+
+func keep(out, in http.Header, name, otherwise string) {
+	if v := in[name]; len(v) > 0 {
+		out[name] = v
+		return
+	}
+	out.Set(name, otherwise)
+}
+
+// modify completes the Instance's answer.
+func (x *exchange) modify(res *http.Response) error {
+	x.status = res.StatusCode
+	// Streams are flushed at once. A small answer of known length commonly is one piece, and then is one write; if it does
+	// come in pieces, they are held back no longer than this.
+	x.proxy.FlushInterval = -1
+	if n := res.ContentLength; n >= 0 && n <= smallAnswerBytes {
+		x.proxy.FlushInterval = smallAnswerTime
+	}
+	if res.Header.Get("X-Request-Id") == "" {
+		res.Header.Set("X-Request-Id", res.Request.Header.Get("X-Request-Id"))
+	}
+	if x.traced {
+		x.awaitExplanation()
+		theirs := res.Header["Server-Timing"]
+		res.Header["Server-Timing"] = append([]string{formatTiming(x.phases())}, theirs...)
+	}
+	return nil
+}
+
+// awaitExplanation gives the reply of an activation a moment to arrive, when its Instance has come by a Watch event.
+func (x *exchange) awaitExplanation() {
+	if !x.lease.awaited || x.function.startOf(x.lease.endpoint) != nil {
+		return
+	}
+	t := time.NewTimer(explainTime)
+	defer t.Stop()
+	select {
+	case <-x.lease.endpoint.known:
+	case <-t.C:
+	}
+}
+
+// phases of the way to the first byte. The start of the Instance is among them only for a request that waited for it.
+func (x *exchange) phases() []Phase {
+	phases := []Phase{{Name: "total", Duration: x.answered.Sub(x.arrived)}}
+	if x.lease.waited {
+		phases = append(phases, Phase{Name: "queue", Duration: x.granted.Sub(x.arrived)})
+	}
+	if x.lease.awaited {
+		if s := x.function.startOf(x.lease.endpoint); s != nil {
+			shift := s.begun.Sub(x.arrived)
+			phases = append(phases, Phase{Name: "allocate", Offset: shift, Duration: s.ended.Sub(s.begun)})
+			for _, p := range s.phases {
+				p.Offset += shift
+				phases = append(phases, p)
+			}
+		}
+	}
+	return append(phases, Phase{Name: "first_byte", Offset: x.sent.Sub(x.arrived), Duration: x.answered.Sub(x.sent)})
+}
+
+// requestBody notes what a transport did with a client's body: whether it has begun to read, for until then the request can
+// go elsewhere and the body must stay open; and whether reading failed, which is the client's fault and not the Instance's.
+type requestBody struct {
+	io.ReadCloser
+	begun  atomic.Bool
+	failed atomic.Pointer[error]
+}
+
+func (b *requestBody) Read(p []byte) (int, error) {
+	b.begun.Store(true)
+	n, err := b.ReadCloser.Read(p)
+	if err != nil && err != io.EOF {
+		b.failed.Store(&err)
+	}
+	return n, err
+}
+
+func (b *requestBody) Close() error {
+	if !b.begun.Load() {
+		return nil
+	}
+	return b.ReadCloser.Close()
+}

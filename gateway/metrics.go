@@ -1,0 +1,89 @@
+package gateway
+
+import (
+	"errors"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics are the gateway's. The label function takes only names that poolmanager has told of, and "" for requests to
+// anything else; the series of a deleted Function go with it.
+type metrics struct {
+	requests    *prometheus.CounterVec
+	duration    *prometheus.HistogramVec
+	queue       *prometheus.HistogramVec
+	activations *prometheus.HistogramVec
+	inFlight    *prometheus.GaugeVec
+	connected   prometheus.Gauge
+}
+
+func newMetrics(r prometheus.Registerer) (*metrics, error) {
+	fast := prometheus.ExponentialBucketsRange(0.0005, 60, 18)
+	m := &metrics{
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_gateway_requests_total", Help: "Requests answered, by status code; 499 is a client that left."}, []string{"function", "code"}),
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "hearth_gateway_request_seconds", Help: "From a request's arrival to the end of its answer.", Buckets: fast}, []string{"function"}),
+		queue: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "hearth_gateway_queue_seconds", Help: "Time in the queue, of requests that had to wait.", Buckets: fast}, []string{"function"}),
+		activations: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "hearth_gateway_activation_seconds", Help: "Allocate calls, by outcome.", Buckets: fast}, []string{"function", "outcome"}),
+		inFlight: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "hearth_gateway_in_flight", Help: "Requests here now, in the queue or at an instance."}, []string{"function"}),
+		connected: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "hearth_gateway_pool_connected", Help: "1 while poolmanager's events come in, 0 while the last known ones are used."}),
+	}
+	var errs []error
+	for _, c := range []prometheus.Collector{m.requests, m.duration, m.queue, m.activations, m.inFlight, m.connected} {
+		errs = append(errs, r.Register(c))
+	}
+	return m, errors.Join(errs...)
+}
+
+// functionMetrics are one Function's, looked up once.
+type functionMetrics struct {
+	of       *metrics
+	name     string
+	duration prometheus.Observer
+	queue    prometheus.Observer
+	inFlight prometheus.Gauge
+	ended    atomic.Bool // the Function is deleted: make no series anew
+}
+
+func (m *metrics) function(name string) *functionMetrics {
+	return &functionMetrics{
+		of: m, name: name, duration: m.duration.WithLabelValues(name),
+		queue: m.queue.WithLabelValues(name), inFlight: m.inFlight.WithLabelValues(name),
+	}
+}
+
+func (f *functionMetrics) request(code int, took time.Duration) {
+	f.duration.Observe(took.Seconds())
+	if !f.ended.Load() {
+		f.of.requests.WithLabelValues(f.name, strconv.Itoa(code)).Inc()
+	}
+}
+
+func (f *functionMetrics) activation(took time.Duration, err error) {
+	outcome := "ok"
+	if err != nil {
+		outcome = connect.CodeOf(err).String()
+	}
+	if !f.ended.Load() {
+		f.of.activations.WithLabelValues(f.name, outcome).Observe(took.Seconds())
+	}
+}
+
+func (f *functionMetrics) end() {
+	f.ended.Store(true)
+	labels := prometheus.Labels{"function": f.name}
+	f.of.requests.DeletePartialMatch(labels)
+	f.of.duration.DeletePartialMatch(labels)
+	f.of.queue.DeletePartialMatch(labels)
+	f.of.activations.DeletePartialMatch(labels)
+	f.of.inFlight.DeletePartialMatch(labels)
+}

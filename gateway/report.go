@@ -1,0 +1,83 @@
+package gateway
+
+import (
+	"context"
+	"maps"
+	"time"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+)
+
+const (
+	reportInterval = time.Second
+	reportTime     = 2 * time.Second       // bounds one call
+	urgentInterval = 20 * time.Millisecond // between reports of first requests
+)
+
+// report sends load each second, and at once for the first request of an idle Function, until ctx is done. One after the
+// other: poolmanager must not see an older sample after a newer one.
+func (g *Gateway) report(ctx context.Context) {
+	tick := time.NewTicker(reportInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			g.send(ctx, false)
+		case <-g.urgent:
+			g.send(ctx, true)
+			if !sleep(ctx, urgentInterval) {
+				return
+			}
+		}
+	}
+}
+
+// hurry has the reporter look for urgent load.
+func (g *Gateway) hurry() {
+	select {
+	case g.urgent <- struct{}{}:
+	default:
+	}
+}
+
+// send makes one report. What could not be delivered stays in the meters, and comes with the next, over a longer interval.
+func (g *Gateway) send(ctx context.Context, urgentOnly bool) {
+	ctx, cancel := context.WithTimeout(ctx, reportTime)
+	defer cancel()
+	req := &hearthv1.ReportRequest{Subscriber: g.config.Name, Version: g.table.ack()} // before any load is read
+	type reading struct {
+		function *function
+		sample   sample
+	}
+	var readings []reading
+	loads := map[string]*hearthv1.Load{}
+	for _, f := range g.table.all() {
+		if urgentOnly && !f.isUrgent() {
+			continue
+		}
+		load, sample, worth := f.load(time.Now())
+		if !worth {
+			f.skipped(sample)
+			continue
+		}
+		if prior := loads[load.GetFunction()]; prior != nil { // a function deleted and made again meanwhile
+			maps.Copy(prior.GetInFlight(), load.GetInFlight())
+			continue
+		}
+		loads[load.GetFunction()] = load
+		req.Loads = append(req.Loads, load)
+		readings = append(readings, reading{f, sample})
+	}
+	if urgentOnly && len(readings) == 0 {
+		return
+	}
+	if err := g.config.Pool.Report(ctx, req); err != nil {
+		g.config.Logger.Debug("load not delivered", "err", err)
+		return
+	}
+	for _, r := range readings {
+		r.function.delivered(r.sample)
+	}
+}
