@@ -1,0 +1,45 @@
+package bench
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptrace"
+	"time"
+)
+
+// maxAnswerBytes is more than any sample function answers.
+const maxAnswerBytes = 1 << 20
+
+// newClient keeps connections of its own.
+func newClient() *http.Client {
+	return &http.Client{Transport: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 4}}
+}
+
+// firstByte makes a request and returns the time to the first byte of its answer, which must be a 200 and end well.
+func firstByte(ctx context.Context, client *http.Client, url string, header http.Header) (took time.Duration, answer http.Header, err error) {
+	var first time.Time
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotFirstResponseByte: func() { first = time.Now() }})
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	for name, values := range header {
+		req.Header[name] = values
+	}
+	start := time.Now()
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes))
+	if err != nil {
+		return 0, nil, fmt.Errorf("read the answer of %s: %w", url, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return 0, nil, fmt.Errorf("%s answered %s: %.500s", url, resp.Status, body)
+	}
+	return first.Sub(start), resp.Header, nil
+}

@@ -1,0 +1,121 @@
+// Command bench measures Hearth side by side with its peers, builds the images that this takes, and shows the demo.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/hearth-serverless/hearth/bench"
+	"github.com/hearth-serverless/hearth/bench/images"
+	"github.com/hearth-serverless/hearth/internal/daemon"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := command().ExecuteContext(ctx); err != nil {
+		if ctx.Err() != nil {
+			err = errors.Join(errors.New("interrupted; everything that ran was ended"), err)
+		}
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	self, err := os.Executable()
+	if err != nil {
+		self = os.Args[0]
+	}
+	bin := filepath.Dir(self)
+	cache := os.Getenv("HEARTH_CACHE")
+	if cache == "" {
+		cache = filepath.Join(filepath.Dir(bin), ".cache")
+	}
+	o := bench.Options{Progress: os.Stderr}
+	root := &cobra.Command{
+		Use:   "bench SUITE",
+		Short: "Measure Hearth side by side with its peers",
+		Long: `Measures Hearth side by side with its peers, in one run on this machine, with interleaved rounds.
+A table goes to standard output, progress to standard error, and with --json every sample to a file.
+
+Suites:
+  start   from a request at the gateway to the first byte: cold, from the pool, warm; beside the bare process
+  pull    pull times and memory of unmodified images; beside containerd's defaults
+  demo    a short start suite, with the waterfall of one cold start`,
+		Example: `  bench start --quick
+  bench pull --images python,go --rounds 5 --json pull.json
+  bench images python`,
+		Version:       daemon.Version(),
+		ValidArgs:     bench.Names(),
+		Args:          cobra.ExactArgs(1),
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	flags := root.PersistentFlags()
+	flags.StringVar(&o.Cache, "cache", cache, "folder of images and tools")
+	flags.StringVar(&o.Tools, "tools", filepath.Join(cache, "tools", "current"), "folder of containerd, runc, registry and others (see `make tools`)")
+	flags.StringVar(&o.Bin, "bin", bin, "folder of nodeagent, poolmanager and gateway")
+	root.Flags().BoolVar(&o.Quick, "quick", false, "fewer rounds: ends within two minutes")
+	root.Flags().IntVar(&o.Rounds, "rounds", 0, "rounds over all cases and systems; 0 is the suite's own number")
+	root.Flags().StringSliceVar(&o.Images, "images", nil, "images that pull compares: "+strings.Join(sampleImages(), ", ")+" (default all)")
+	root.Flags().StringVar(&o.Function, "function", "", "image that start and demo deploy (default python)")
+	json := root.Flags().String("json", "", "file for the rows and all samples")
+	root.RunE = func(cmd *cobra.Command, args []string) error { return runSuite(cmd, args[0], o, *json) }
+	root.AddCommand(imagesCommand(&o))
+	return root
+}
+
+// runSuite prints what was measured also when the suite ended early.
+func runSuite(cmd *cobra.Command, suite string, o bench.Options, json string) error {
+	report, err := bench.Run(cmd.Context(), suite, o)
+	if report == nil || len(report.Rows) == 0 {
+		return err
+	}
+	fmt.Fprintln(cmd.OutOrStdout())
+	return errors.Join(err, report.WriteTable(cmd.OutOrStdout()), report.WriteFile(json))
+}
+
+// sampleImages are those with a function in them.
+func sampleImages() []string {
+	var names []string
+	for _, name := range images.Names() {
+		if name != "pause" {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+func imagesCommand(o *bench.Options) *cobra.Command {
+	return &cobra.Command{
+		Use:       "images [NAME...]",
+		Short:     "Build the sample images, all or those named, unless they are cached",
+		ValidArgs: images.Names(),
+		Args:      cobra.OnlyValidArgs,
+		RunE: func(cmd *cobra.Command, names []string) error {
+			if len(names) == 0 {
+				names = images.Names()
+			}
+			for _, name := range names {
+				path, err := images.Build(cmd.Context(), images.Config{
+					Cache:    o.Cache,
+					Progress: func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), "images:", line) },
+				}, name)
+				if err != nil {
+					return err
+				}
+				fmt.Fprintln(cmd.OutOrStdout(), path)
+			}
+			return nil
+		},
+	}
+}
