@@ -1,0 +1,304 @@
+package pool
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+)
+
+const (
+	defaultDeadline = 30 * time.Second
+	maxDeadline     = time.Hour
+	maxIDBytes      = 128
+	// remember is how long a finished allocation answers to its id.
+	remember = 2 * time.Minute
+	// claimsPerNode may be under way at once; one Function may have three quarters of them.
+	claimsPerNode = 16
+	// retryFirst and retryMost shape the attempts of one allocation; the first two follow at once.
+	retryFirst = 50 * time.Millisecond
+	retryMost  = time.Second
+	freeTries  = 2
+	// maxFailures starts of a Function may fail in a row; then it rests between restFirst and restMost.
+	maxFailures = 3
+	restFirst   = time.Second
+	restMost    = time.Minute
+)
+
+// newID makes a name that is unique for ever, and fit for a host name.
+func newID(prefix string) string {
+	var b [10]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return prefix + hex.EncodeToString(b[:])
+}
+
+// allocate joins the allocation of that id, or begins one, and waits for it. One that has no Instance yet ends when nobody waits
+// any more; one that has goes on: its Instance is for the next who asks.
+func (m *Manager) allocate(ctx context.Context, name, id string, deadline time.Time) (*hearthv1.AllocateResponse, error) {
+	a, err := m.join(name, id, deadline)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-a.done:
+	case <-ctx.Done():
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	a.callers--
+	if a.finished() {
+		return a.response, a.err
+	}
+	if a.callers == 0 && a.inst == nil && !a.internal {
+		now := time.Now()
+		m.finish(now, a, nil, connect.NewError(connect.CodeCanceled, errors.New("the caller went away")))
+		delete(m.allocations, a.id)
+		m.step(now)
+	}
+	return nil, connect.NewError(codeOf(ctx), fmt.Errorf("wait for an instance of %s: %w", name, ctx.Err()))
+}
+
+func codeOf(ctx context.Context) connect.Code {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return connect.CodeDeadlineExceeded
+	}
+	return connect.CodeCanceled
+}
+
+func (m *Manager) join(name, id string, deadline time.Time) (*allocation, error) {
+	if id == "" {
+		id = newID("a-")
+	}
+	if len(id) > maxIDBytes || strings.ContainsFunc(id, func(c rune) bool { return c <= ' ' || c >= 0x7f }) {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("id: %.40q is not 1 to %d printable characters", id, maxIDBytes))
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if a := m.allocations[id]; a != nil {
+		if a.function != name {
+			return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("id: %q is an allocation of function %s", id, a.function))
+		}
+		a.callers++
+		return a, nil
+	}
+	now := time.Now()
+	a, err := m.begin(now, name, id, deadline)
+	if err != nil {
+		m.metrics.allocations.WithLabelValues(connect.CodeOf(err).String()).Inc()
+		return nil, err
+	}
+	a.callers++
+	m.step(now)
+	return a, nil
+}
+
+// begin puts a new allocation into the queue, if its Function may have another Instance.
+func (m *Manager) begin(now time.Time, name, id string, deadline time.Time) (*allocation, error) {
+	f := m.functions[name]
+	if f == nil || f.deleting {
+		return nil, noFunction(name)
+	}
+	if !m.running {
+		return nil, unavailable(errShutdown)
+	}
+	if deadline.IsZero() {
+		deadline = now.Add(defaultDeadline)
+	}
+	if deadline.After(now.Add(maxDeadline)) {
+		deadline = now.Add(maxDeadline)
+	}
+	if !deadline.After(now) {
+		return nil, connect.NewError(connect.CodeDeadlineExceeded, errors.New("the deadline has passed"))
+	}
+	a := &allocation{id: id, function: name, begun: now, deadline: deadline, done: make(chan struct{})}
+	if i := m.earlier(f, id); i != nil {
+		// Made before a restart of ours; its answer was lost.
+		m.allocations[id] = a
+		m.succeed(now, a, i, nil)
+		return a, nil
+	}
+	if err := f.mayStart(now, m.count(f)); err != nil {
+		return nil, err
+	}
+	m.allocations[id] = a
+	m.queue = append(m.queue, a)
+	return a, nil
+}
+
+// earlier finds the Instance that an allocation of an earlier term got.
+func (m *Manager) earlier(f *function, id string) *instance {
+	for _, i := range m.instances {
+		if i.function == f.name && i.routable() && allocationOf(i.claim) == id {
+			return i
+		}
+	}
+	return nil
+}
+
+// A claim's id is the allocation's with the attempt after a last slash.
+func claimID(allocation string, attempt int) string {
+	return fmt.Sprintf("%s/%s%d", allocation, newID(""), attempt)
+}
+
+func allocationOf(c *hearthv1.Claim) string {
+	id := c.GetId()
+	for n := len(id) - 1; n >= 0; n-- {
+		if id[n] == '/' {
+			return id[:n]
+		}
+	}
+	return id
+}
+
+// mayStart says why a Function may not have another Instance, if so.
+func (f *function) mayStart(now time.Time, c count) error {
+	if c.ready+c.starting >= f.scaling.max {
+		return connect.NewError(connect.CodeResourceExhausted,
+			fmt.Errorf("function %s has its maximum of %d instances (%d of them starting)", f.name, f.scaling.max, c.starting))
+	}
+	if f.failures < maxFailures {
+		return nil
+	}
+	if now.Before(f.retry) || c.starting > 0 {
+		return f.resting(now)
+	}
+	return nil
+}
+
+func (f *function) resting(now time.Time) error {
+	return later(now, f.retry, fmt.Errorf("function %s failed to start %d times in a row and rests: %s", f.name, f.failures, f.lastErr))
+}
+
+// count of a Function's Instances of its present Revision; what is leaving does not count.
+type count struct{ ready, starting, inFlight int }
+
+func (m *Manager) count(f *function) count {
+	var c count
+	for _, i := range m.instances {
+		switch {
+		case i.function != f.name || i.by != nil || i.revision != f.revision.GetName():
+		case i.routable():
+			c.ready++
+		case i.pending() && !m.queued(i.claim):
+			c.starting++
+		}
+	}
+	for _, a := range m.allocations {
+		if a.function == f.name && !a.finished() {
+			c.starting++
+			if a.inst != nil {
+				c.inFlight++
+			}
+		}
+	}
+	return c
+}
+
+// queued says whether the allocation that made a claim still waits, so that it is counted already.
+func (m *Manager) queued(c *hearthv1.Claim) bool {
+	a := m.allocations[allocationOf(c)]
+	return a != nil && !a.finished()
+}
+
+// eligible are the queue's allocations that an Instance could be given to now.
+func (m *Manager) eligible(now time.Time) []*allocation {
+	var out []*allocation
+	for _, a := range m.queue {
+		if now.Before(a.next) {
+			m.at(a.next)
+			continue
+		}
+		out = append(out, a)
+	}
+	return out
+}
+
+// dispatch gives Instances to those who wait, in a fair order.
+func (m *Manager) dispatch(now time.Time) {
+	limit := claimsPerNode * m.upNodes()
+	for len(m.queue) > 0 {
+		waiting := m.eligible(now)
+		turns, total := m.turns(waiting)
+		if total >= limit {
+			return
+		}
+		next := fairest(turns, limit*3/4)
+		if next < 0 {
+			return
+		}
+		f := m.functions[turns[next].function]
+		i := m.pick(f)
+		if i == nil {
+			return
+		}
+		first := slices.IndexFunc(waiting, func(a *allocation) bool { return a.function == f.name })
+		m.activate(now, f, waiting[first], i)
+	}
+}
+
+// turns lists the Functions that wait, and counts all claims under way.
+func (m *Manager) turns(waiting []*allocation) (turns []turn, total int) {
+	inFlight := map[string]int{}
+	for _, i := range m.instances {
+		if i.by != nil {
+			inFlight[i.by.function]++
+			total++
+		}
+	}
+	seen := map[string]bool{}
+	for _, a := range waiting {
+		if !seen[a.function] {
+			seen[a.function] = true
+			turns = append(turns, turn{function: a.function, inFlight: inFlight[a.function], waiting: a.begun})
+		}
+	}
+	return turns, total
+}
+
+// pick chooses an Instance for a Function, or none.
+func (m *Manager) pick(f *function) *instance {
+	spares := map[string]int{}
+	var all []*instance
+	for _, i := range m.instances {
+		if n := m.nodes[i.node]; i.spare() && !i.refused && n.synced {
+			spares[i.node]++
+			all = append(all, i)
+		}
+	}
+	candidates := make([]candidate, 0, len(all))
+	for _, i := range all {
+		candidates = append(candidates, candidate{id: i.id, degree: i.degree, spares: spares[i.node], created: i.created,
+			image: m.nodes[i.node].has(f.revision.GetName())})
+	}
+	if best := choose(candidates); best >= 0 {
+		return all[best]
+	}
+	return nil
+}
+
+// activate makes a claim on an Instance and has the node carry it out.
+func (m *Manager) activate(now time.Time, f *function, a *allocation, i *instance) {
+	n := m.nodes[i.node]
+	m.queue = slices.DeleteFunc(m.queue, func(other *allocation) bool { return other == a })
+	a.attempts++
+	a.claim = &hearthv1.Claim{Id: claimID(a.id, a.attempts), Epoch: m.epoch, Deadline: timestamppb.New(a.deadline)}
+	a.chosen, a.inst, i.by = now, i, a
+	a.sandbox = i.warm.After(a.begun)
+	n.began = now
+	req := &hearthv1.ActivateRequest{InstanceId: i.id, Claim: a.claim, Revision: f.revision}
+	m.do(func(ctx context.Context) {
+		ctx, cancel := context.WithDeadline(ctx, a.deadline.Add(outcomeSlack))
+		defer cancel()
+		res, err := n.client.Activate(ctx, req)
+		m.fact(func(now time.Time) { m.activated(now, n, a, i, req, res, err) })
+	})
+}

@@ -1,0 +1,323 @@
+package pool
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/pool/store"
+)
+
+const (
+	defaultMax  = 10
+	defaultPort = 8080
+	// internalDeadline is for Instances that nobody waits for; it leaves time for an image's pull.
+	internalDeadline = 2 * time.Minute
+	// minAge is how long an Instance serves at least before the scaler may give it up: two reports of every gateway, and some.
+	minAge = 3 * time.Second
+)
+
+func newFunction(r store.Record) *function {
+	f := &function{name: r.Name, old: map[string]*hearthv1.Revision{}, gone: make(chan struct{})}
+	f.adopt(r)
+	return f
+}
+
+// adopt takes over a stored record.
+func (f *function) adopt(r store.Record) {
+	f.spec, f.revision, f.serial = r.Function.GetSpec(), r.Revision, r.Serial
+	f.status = r.Function.GetStatus()
+	s := f.spec.GetScaling()
+	f.scaling = bounds{min: int(s.GetMin()), max: int(s.GetMax())}
+	if f.scaling.max == 0 {
+		f.scaling.max = max(defaultMax, f.scaling.min)
+	}
+	f.dirty = true
+}
+
+// revise makes the record of a Function with a new spec. Its Revision stays if no Instance would notice the change.
+func revise(now time.Time, before *function, name string, serial int64, spec *hearthv1.FunctionSpec) store.Record {
+	r := store.Record{Name: name, Serial: serial, Function: &hearthv1.Function{Name: name, Spec: spec}}
+	status := &hearthv1.FunctionStatus{Generation: 1, CreatedAt: timestamppb.New(now), UpdatedAt: timestamppb.New(now)}
+	revision := &hearthv1.Revision{Function: name, Image: spec.GetImage(), Port: spec.GetPort(), Env: spec.GetEnv(),
+		Command: spec.GetCommand(), Args: spec.GetArgs(), Resources: spec.GetResources()}
+	if revision.Port == 0 {
+		revision.Port = defaultPort
+	}
+	if before != nil {
+		status.Generation, status.CreatedAt = before.status.GetGeneration()+1, before.status.GetCreatedAt()
+		if before.spec.GetImage() == spec.GetImage() {
+			revision.Image = before.revision.GetImage() // by digest
+		}
+		revision.Name = before.revision.GetName()
+		if proto.Equal(revision, before.revision) {
+			r.Revision = before.revision
+		}
+	}
+	if r.Revision == nil {
+		r.Serial++
+		revision.Name = fmt.Sprintf("%s-%05d", name, r.Serial)
+		if before != nil && before.revision.GetImage() == revision.Image {
+			revision.Image = spec.GetImage() // a new Revision resolves anew
+		}
+		r.Revision = revision
+	}
+	status.Revision = r.Revision.GetName()
+	r.Function.Status = status
+	return r
+}
+
+// apply stores a Function whose spec was validated. One that is as it was is left alone.
+func (m *Manager) apply(name string, spec *hearthv1.FunctionSpec) error {
+	m.applies.Lock()
+	defer m.applies.Unlock()
+	m.mu.Lock()
+	before, serial, open := m.functions[name], m.serials[name], m.running
+	m.mu.Unlock()
+	switch {
+	case !open:
+		return unavailable(errShutdown)
+	case before != nil && before.deleting:
+		return connect.NewError(connect.CodeAborted, fmt.Errorf("function %s is being deleted; apply it again when that is done", name))
+	case before != nil && proto.Equal(before.spec, spec):
+		return nil
+	}
+	// before's fields change under applies alone, so that reading them needs no mutex more.
+	r := revise(time.Now(), before, name, serial, proto.CloneOf(spec))
+	if err := m.config.Store.Put(r); err != nil {
+		return connect.NewError(connect.CodeInternal, err)
+	}
+	m.fact(func(time.Time) { m.applied(before, r) })
+	return nil
+}
+
+func (m *Manager) applied(f *function, r store.Record) {
+	m.serials[r.Name] = r.Serial
+	delete(m.tombstones, r.Name)
+	if f == nil {
+		f = newFunction(r)
+		m.functions[r.Name] = f
+	} else {
+		if old := f.revision; old.GetName() != r.Revision.GetName() {
+			f.old[old.GetName()] = old
+			f.failures, f.lastErr = 0, ""
+		}
+		f.adopt(r)
+	}
+	m.log.Info("function applied", "function", f.name, "generation", f.status.GetGeneration(), "revision", f.revision.GetName())
+	for _, n := range m.nodes {
+		if n.synced {
+			m.prepareOn(n, f)
+		}
+	}
+}
+
+// pin fixes the image of a Revision that was resolved on a node, so that every Instance of it runs the same bytes.
+func (m *Manager) pin(name, revision, image string) error {
+	m.applies.Lock()
+	defer m.applies.Unlock()
+	m.mu.Lock()
+	f := m.functions[name]
+	if image == "" || f == nil || f.deleting || f.revision.GetName() != revision || f.revision.GetImage() != f.spec.GetImage() || image == f.revision.GetImage() {
+		m.mu.Unlock()
+		return nil
+	}
+	pinned := proto.CloneOf(f.revision)
+	pinned.Image = image
+	r := store.Record{Name: name, Serial: f.serial, Revision: pinned, Function: &hearthv1.Function{Name: name, Spec: f.spec, Status: f.status}}
+	m.mu.Unlock()
+	if err := m.config.Store.Put(r); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f.revision = pinned
+	return nil
+}
+
+// delete drains a Function's Instances, has its Revisions forgotten, and waits for that until ctx ends; it goes on without.
+func (m *Manager) delete(ctx context.Context, name string) error {
+	m.applies.Lock()
+	m.mu.Lock()
+	f := m.functions[name]
+	m.mu.Unlock()
+	if f == nil {
+		m.applies.Unlock()
+		return noFunction(name)
+	}
+	// First on disk: after a crash in between, Instances of an unknown Function are discarded.
+	if err := m.config.Store.Delete(name); err != nil {
+		m.applies.Unlock()
+		return connect.NewError(connect.CodeInternal, err)
+	}
+	m.fact(func(now time.Time) { m.deleteNow(now, f) })
+	m.applies.Unlock()
+	select {
+	case <-f.gone:
+		return nil
+	case <-ctx.Done():
+		return connect.NewError(codeOf(ctx), fmt.Errorf("function %s is being deleted, and still has instances that drain: %w", name, ctx.Err()))
+	}
+}
+
+func (m *Manager) deleteNow(now time.Time, f *function) {
+	f.deleting = true
+	m.log.Info("function deleted", "function", f.name)
+	for _, a := range m.allocations {
+		if a.function == f.name && !a.finished() && a.inst == nil {
+			m.finish(now, a, nil, noFunction(f.name))
+		}
+	}
+	for _, i := range m.of(f.name) {
+		m.release(now, i)
+	}
+}
+
+// of lists the Instances that a Function has, or that are being claimed for it.
+func (m *Manager) of(name string) (all []*instance) {
+	for _, i := range m.instances {
+		if i.state != hearthv1.State_STATE_GONE && (i.function == name || i.by != nil && i.by.function == name) {
+			all = append(all, i)
+		}
+	}
+	return all
+}
+
+// finishDeletions ends Functions of which nothing is left.
+func (m *Manager) finishDeletions() {
+	for name, f := range m.functions {
+		if !f.deleting || len(m.of(name)) > 0 {
+			continue
+		}
+		delete(m.functions, name)
+		f.old[f.revision.GetName()] = f.revision
+		m.version++
+		m.tombstones[name] = m.version
+		m.send(&hearthv1.Endpoints{Function: name, Version: m.version, Deleted: true})
+		m.forgetAll(f)
+	}
+}
+
+// reserve begins Instances for Functions that have fewer than their minimum.
+func (m *Manager) reserve(now time.Time) {
+	for _, f := range m.functions {
+		if f.deleting || f.scaling.min == 0 {
+			continue
+		}
+		if f.failures >= maxFailures && now.Before(f.retry) {
+			m.at(f.retry)
+			continue
+		}
+		if c := m.count(f); m.upNodes() > 0 {
+			m.start(now, f, f.scaling.min-c.ready-c.starting)
+		}
+	}
+}
+
+// start begins n Instances that nobody waits for.
+func (m *Manager) start(now time.Time, f *function, n int) {
+	for ; n > 0; n-- {
+		a, err := m.begin(now, f.name, newID("s-"), now.Add(internalDeadline))
+		if err != nil {
+			return
+		}
+		a.internal = true
+	}
+}
+
+// rollOut drains Instances of earlier Revisions once the present one serves; if only earlier ones do, it begins one.
+func (m *Manager) rollOut(now time.Time) {
+	outdated := map[*function][]*instance{}
+	for _, i := range m.instances {
+		if f := m.functions[i.function]; f != nil && !f.deleting && i.routable() && i.revision != f.revision.GetName() {
+			outdated[f] = append(outdated[f], i)
+		}
+	}
+	for f, old := range outdated {
+		c := m.count(f)
+		switch {
+		case c.ready > 0:
+			for _, i := range old {
+				m.release(now, i)
+			}
+		case c.starting > 0 || m.upNodes() == 0:
+		case f.failures >= maxFailures && now.Before(f.retry):
+			m.at(f.retry)
+		default:
+			m.start(now, f, 1)
+		}
+	}
+}
+
+// Functions lists every Function with its status. What it returns must not be changed.
+func (m *Manager) Functions() []*hearthv1.Function {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	all := make([]*hearthv1.Function, 0, len(m.functions))
+	for _, f := range m.functions {
+		if !f.deleting {
+			all = append(all, m.message(f))
+		}
+	}
+	return all
+}
+
+func (m *Manager) message(f *function) *hearthv1.Function {
+	c := m.count(f)
+	return &hearthv1.Function{Name: f.name, Spec: f.spec, Status: &hearthv1.FunctionStatus{
+		Generation: f.status.GetGeneration(), Revision: f.revision.GetName(), Ready: int32(c.ready), Starting: int32(c.starting),
+		Desired: int32(f.desired), Reason: f.reason, CreatedAt: f.status.GetCreatedAt(), UpdatedAt: f.status.GetUpdatedAt(),
+	}}
+}
+
+// Scale begins Instances of a Function up to desired, or releases those that are more. It does not block.
+func (m *Manager) Scale(name string, desired int, reason string) {
+	m.fact(func(now time.Time) {
+		f := m.functions[name]
+		if f == nil || f.deleting || m.closed {
+			return
+		}
+		desired = min(max(desired, f.scaling.min), f.scaling.max)
+		f.desired, f.reason = desired, reason
+		c := m.count(f)
+		if n := desired - c.ready - c.starting; n > 0 && m.upNodes() > 0 {
+			m.start(now, f, n)
+		}
+		if c.ready > desired {
+			m.shrinkTo(now, f, desired, c.ready)
+		}
+	})
+}
+
+func (m *Manager) shrinkTo(now time.Time, f *function, desired, ready int) {
+	var all []serving
+	for _, i := range m.of(f.name) {
+		if !i.routable() || i.revision != f.revision.GetName() {
+			continue
+		}
+		s := serving{id: i.id, since: i.serving}
+		for _, sub := range m.subscribers {
+			s.inFlight += int(sub.inFlight[i.id])
+		}
+		all = append(all, s)
+	}
+	for _, id := range shrink(now, all, ready-desired, minAge) {
+		m.release(now, m.instances[id])
+	}
+}
+
+// get returns one Function.
+func (m *Manager) get(name string) (*hearthv1.Function, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f := m.functions[name]
+	if f == nil {
+		return nil, noFunction(name)
+	}
+	return m.message(f), nil
+}
