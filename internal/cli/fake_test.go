@@ -1,0 +1,181 @@
+package cli_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
+	"github.com/hearth-serverless/hearth/internal/cli"
+	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/stack"
+)
+
+// fake is a deployment without containers: its sockets and status are as the real one's, what is behind them is not.
+type fake struct {
+	hearthv1connect.UnimplementedFunctionServiceHandler
+	hearthv1connect.UnimplementedAllocationServiceHandler
+	hearthv1connect.UnimplementedNodeServiceHandler
+
+	run      string
+	function *hearthv1.Function
+	address  string // of the only Instance
+	applied  *hearthv1.ApplyRequest
+	released *hearthv1.ReleaseRequest
+}
+
+func (f *fake) Apply(_ context.Context, r *connect.Request[hearthv1.ApplyRequest]) (*connect.Response[hearthv1.ApplyResponse], error) {
+	f.applied = r.Msg
+	f.function = r.Msg.GetFunction()
+	f.function.Status = &hearthv1.FunctionStatus{Revision: "hello-00001", Ready: 1, Reason: "all quiet"}
+	return connect.NewResponse(&hearthv1.ApplyResponse{Function: f.function}), nil
+}
+
+func (f *fake) List(context.Context, *connect.Request[hearthv1.ListRequest]) (*connect.Response[hearthv1.ListResponse], error) {
+	resp := &hearthv1.ListResponse{}
+	if f.function != nil {
+		resp.Functions = append(resp.Functions, f.function)
+	}
+	return connect.NewResponse(resp), nil
+}
+
+func (f *fake) Delete(_ context.Context, r *connect.Request[hearthv1.DeleteRequest]) (*connect.Response[hearthv1.DeleteResponse], error) {
+	if r.Msg.GetName() != f.function.GetName() {
+		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("there is no function %s", r.Msg.GetName()))
+	}
+	f.function = nil
+	return connect.NewResponse(&hearthv1.DeleteResponse{}), nil
+}
+
+func (f *fake) instance() *hearthv1.Instance {
+	return &hearthv1.Instance{Id: "i-1", Node: "n", State: hearthv1.State_STATE_SERVING, Address: f.address, Function: "hello", Revision: "hello-00001"}
+}
+
+func (f *fake) ListInstances(context.Context, *connect.Request[hearthv1.ListInstancesRequest]) (*connect.Response[hearthv1.ListInstancesResponse], error) {
+	return connect.NewResponse(&hearthv1.ListInstancesResponse{Instances: []*hearthv1.Instance{
+		f.instance(), {Id: "i-2", State: hearthv1.State_STATE_WARM},
+	}}), nil
+}
+
+func (f *fake) Allocate(context.Context, *connect.Request[hearthv1.AllocateRequest]) (*connect.Response[hearthv1.AllocateResponse], error) {
+	return connect.NewResponse(&hearthv1.AllocateResponse{Instance: f.instance(), Phases: []*hearthv1.Phase{
+		{Name: "claim", Duration: durationpb.New(time.Millisecond)},
+		{Name: "process", Offset: durationpb.New(time.Millisecond), Duration: durationpb.New(3 * time.Millisecond)},
+	}}), nil
+}
+
+func (f *fake) Release(_ context.Context, r *connect.Request[hearthv1.ReleaseRequest]) (*connect.Response[hearthv1.ReleaseResponse], error) {
+	f.released = r.Msg
+	return connect.NewResponse(&hearthv1.ReleaseResponse{Released: 1}), nil
+}
+
+func (f *fake) Logs(_ context.Context, _ *connect.Request[hearthv1.LogsRequest], s *connect.ServerStream[hearthv1.LogsResponse]) error {
+	for _, line := range []string{"one", "two"} {
+		if err := s.Send(&hearthv1.LogsResponse{InstanceId: "i-1", Line: []byte(line)}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ServeHTTP is the gateway and the Instance.
+func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, _ := io.ReadAll(r.Body)
+	w.Header().Set("X-Seen", r.Header.Get("X-Sent"))
+	switch r.URL.Path {
+	case "/fn/hello/busy":
+		w.Header().Set("Retry-After", "2")
+		http.Error(w, "busy", http.StatusServiceUnavailable)
+	case "/fn/hello", "/fn/hello/path", "/":
+		_, _ = fmt.Fprintf(w, "%s %s %q\n", r.Method, r.URL.RequestURI(), body)
+	default:
+		http.NotFound(w, r)
+	}
+}
+
+func newFake(t *testing.T) *fake {
+	t.Helper()
+	run, err := os.MkdirTemp("/tmp", "hc-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &fake{run: run}
+	web := httptest.NewServer(f)
+	f.address = strings.TrimPrefix(web.URL, "http://")
+	mux := http.NewServeMux()
+	mux.Handle(hearthv1connect.NewFunctionServiceHandler(f))
+	mux.Handle(hearthv1connect.NewAllocationServiceHandler(f))
+	mux.Handle(hearthv1connect.NewNodeServiceHandler(f))
+	ready := &daemon.Readiness{}
+	ready.Set("node", errors.New("not seen yet"))
+	mux.Handle("/readyz", ready)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 2)
+	for _, socket := range []string{stack.NodeSocket, stack.PoolSocket} {
+		go func() { done <- daemon.ServeUnix(ctx, filepath.Join(run, socket), mux) }()
+	}
+	t.Cleanup(func() {
+		cancel()
+		<-done
+		<-done
+		web.Close()
+		_ = os.RemoveAll(run)
+	})
+	f.beUp(t, web.URL)
+	return f
+}
+
+// beUp writes what a supervisor writes, and holds its lock.
+func (f *fake) beUp(t *testing.T, gateway string) {
+	t.Helper()
+	pool := filepath.Join(f.run, stack.PoolSocket)
+	status := stack.Status{Name: "test", State: stack.StateUp, PID: 1, Root: "/data", Run: f.run, Gateway: gateway, Subnet: "10.0.0.0/20", PoolSize: 2, Containerd: "2.4.2",
+		Daemons: []stack.Daemon{{Name: "poolmanager", PID: os.Getpid(), Restarts: 3, Started: time.Now(), Admin: pool}}}
+	data, err := json.Marshal(status)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(f.run, "status.json"), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := os.Create(filepath.Join(f.run, "hearth.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = lock.Close() })
+	for _, socket := range []string{stack.NodeSocket, stack.PoolSocket} {
+		for {
+			conn, err := net.Dial("unix", filepath.Join(f.run, socket))
+			if err == nil {
+				_ = conn.Close()
+				break
+			}
+		}
+	}
+}
+
+func (f *fake) exec(t *testing.T, in string, args ...string) (code int, out, errs string) {
+	t.Helper()
+	var o, e bytes.Buffer
+	code = cli.Exec(t.Context(), append([]string{"--run", f.run}, args...), strings.NewReader(in), &o, &e)
+	return code, o.String(), e.String()
+}

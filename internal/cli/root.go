@@ -1,0 +1,175 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/stack"
+)
+
+// app is one call of hearth.
+type app struct {
+	args      []string
+	lookupEnv func(string) (string, bool)
+	in        io.Reader
+	out, err  io.Writer
+
+	run string // folder of the deployment's sockets
+}
+
+// Main runs hearth in this process and returns its exit code. SIGINT, SIGTERM and SIGHUP end it in good order; a second one at once.
+func Main() int {
+	ctx, stop := interruptible(context.Background())
+	defer stop()
+	a := &app{args: os.Args[1:], lookupEnv: os.LookupEnv, in: os.Stdin, out: os.Stdout, err: os.Stderr}
+	return a.execute(ctx)
+}
+
+// interruptible returns a context that the first signal cancels; the second exits.
+func interruptible(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	done := make(chan struct{})
+	go func() {
+		select {
+		case <-signals:
+			cancel()
+		case <-done:
+			return
+		}
+		select {
+		case <-signals:
+			os.Exit(ExitInterrupted)
+		case <-done:
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(signals)
+		close(done)
+		cancel()
+	}
+}
+
+func (a *app) execute(ctx context.Context) int {
+	root := a.root()
+	root.SetArgs(a.args)
+	root.SetIn(a.in)
+	root.SetOut(a.out)
+	root.SetErr(a.err)
+	command, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return ExitOK
+	}
+	_, _ = fmt.Fprintln(a.err, "hearth:", err)
+	code := exitCode(err)
+	if code == ExitUsage {
+		_, _ = fmt.Fprintf(a.err, "See %s --help.\n", command.CommandPath())
+	}
+	return code
+}
+
+const rootLong = `Hearth starts serverless functions at once. On one machine it brings its own containerd; no Kubernetes is needed.
+
+Every flag can also be set in the environment: --tools is HEARTH_TOOLS.
+
+Exit codes: 0 all is well, 1 it failed, 2 wrong flags or arguments, 3 no deployment is up or it does not answer,
+4 no such function, or invoke was answered 4xx, 5 invoke was answered 5xx, 130 interrupted.`
+
+const rootExample = `  sudo hearth up --tools .cache/tools/current     bring it up
+  hearth deploy hello --image REF                 deploy a function
+  hearth invoke hello                             call it; it starts when it is called
+  hearth start hello --cold --trace               where does the time of a start go?
+  sudo hearth down                                leave nothing behind, but the data`
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use: "hearth", Short: "Serverless functions that start at once", Long: rootLong, Example: rootExample,
+		Version: daemon.Version(), SilenceErrors: true, SilenceUsage: true,
+		Args: func(c *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usagef("unknown command %q%s", args[0], suggestions(c, args[0]))
+			}
+			return nil
+		},
+		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
+		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
+			if err := daemon.Configure(c.Flags(), a.lookupEnv); err != nil {
+				return usageError{err}
+			}
+			return nil
+		},
+	}
+	root.PersistentFlags().StringVar(&a.run, "run", stack.DefaultRun, "folder of the deployment's sockets")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.AddGroup(&cobra.Group{ID: "deployment", Title: "The deployment"}, &cobra.Group{ID: "functions", Title: "Functions"})
+	root.SetHelpCommandGroupID("deployment")
+	root.SetCompletionCommandGroupID("deployment")
+	for _, c := range []*cobra.Command{a.up(), a.down(), a.status(), a.version()} {
+		c.GroupID = "deployment"
+		root.AddCommand(c)
+	}
+	for _, c := range []*cobra.Command{a.deploy(), a.invoke(), a.list(), a.ps(), a.logs(), a.start(), a.delete()} {
+		c.GroupID = "functions"
+		root.AddCommand(c)
+	}
+	return root
+}
+
+func suggestions(c *cobra.Command, word string) string {
+	c.SuggestionsMinimumDistance = 2
+	if near := c.SuggestionsFor(word); len(near) > 0 {
+		return "; did you mean " + strings.Join(near, " or ") + "?"
+	}
+	return ""
+}
+
+// takes checks the number of arguments.
+func takes(least, most int, what string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) < least || len(args) > most {
+			if what == "" {
+				return usagef("takes no arguments, and got %q", args)
+			}
+			return usagef("wants %s, and got %d arguments", what, len(args))
+		}
+		return nil
+	}
+}
+
+func (a *app) version() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Args: takes(0, 0, ""),
+		RunE: func(*cobra.Command, []string) error { return a.println(daemon.Version()) },
+	}
+}
+
+func (a *app) println(words ...any) error {
+	_, err := fmt.Fprintln(a.out, words...)
+	return err
+}
+
+func (a *app) printf(format string, args ...any) error {
+	_, err := fmt.Fprintf(a.out, format, args...)
+	return err
+}
+
+// note tells the user something that is not the result.
+func (a *app) note(format string, args ...any) { _, _ = fmt.Fprintf(a.err, format+"\n", args...) }
+
+// interrupted is the error of a command that the user ended.
+func interrupted(ctx context.Context, err error) error {
+	if ctx.Err() != nil && err != nil {
+		return errors.Join(context.Canceled, err)
+	}
+	return err
+}

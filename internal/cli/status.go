@@ -1,0 +1,101 @@
+package cli
+
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/stack"
+)
+
+// statusJSON is what status -o json prints.
+type statusJSON struct {
+	*stack.Status
+	Warm      int               `json:"warm"`
+	Serving   int               `json:"serving"`
+	Functions []json.RawMessage `json:"functions"`
+	Instances []json.RawMessage `json:"instances"`
+}
+
+func (a *app) status() *cobra.Command {
+	var out format
+	c := &cobra.Command{
+		Use: "status", Short: "Show the daemons, the pool and how many functions there are", Args: takes(0, 0, ""),
+		Example: "  hearth status\n  hearth status -o json",
+		RunE: func(c *cobra.Command, _ []string) error {
+			s, err := stack.Inspect(c.Context(), a.run)
+			if err != nil {
+				return err
+			}
+			functions, err := a.functionList(c.Context())
+			if err == nil {
+				var list []*hearthv1.Instance
+				if list, err = a.instanceList(c.Context(), ""); err == nil {
+					return a.printStatus(s, functions, list, out)
+				}
+			}
+			if printed := a.printStatus(s, nil, nil, out); printed != nil {
+				return printed
+			}
+			return err
+		},
+	}
+	out.add(c.Flags())
+	return c
+}
+
+func (a *app) printStatus(s *stack.Status, functions []*hearthv1.Function, list []*hearthv1.Instance, out format) error {
+	count := map[hearthv1.State]int{}
+	for _, i := range list {
+		count[i.GetState()]++
+	}
+	warm, serving := count[hearthv1.State_STATE_WARM], count[hearthv1.State_STATE_SERVING]
+	if out == formatJSON {
+		return a.printJSON(statusJSON{s, warm, serving, messages(functions), messages(list)})
+	}
+	if err := a.printf("Deployment %s is %s at %s; data in %s\n", s.Name, s.State, s.Gateway, s.Root); err != nil {
+		return err
+	}
+	if s.Registry != "" {
+		if err := a.printf("Registry at %s\n", s.Registry); err != nil {
+			return err
+		}
+	}
+	if err := a.printf("containerd %s, instances in %s\n\n", s.Containerd, s.Subnet); err != nil {
+		return err
+	}
+	rows := [][]string{{"DAEMON", "PID", "READY", "RESTARTS", "UP", "REASON"}}
+	for _, d := range s.Daemons {
+		pid, up := "-", "-"
+		if d.PID > 0 {
+			pid, up = strconv.Itoa(d.PID), age(d.Started, time.Now())
+		}
+		reason := d.Reason
+		if reason == "" && !d.Ready {
+			reason = d.Error
+		}
+		rows = append(rows, []string{d.Name, pid, yesNo(d.Ready), strconv.Itoa(d.Restarts), up, reason})
+	}
+	if err := a.table(rows); err != nil {
+		return err
+	}
+	return a.printf("\n%s, %d warm of %d wanted, %d serving\n", plural(len(functions), "function"), warm, s.PoolSize, serving)
+}
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
+
+func plural(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}

@@ -1,0 +1,145 @@
+package daemon_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+
+	"github.com/spf13/pflag"
+
+	"github.com/hearth-serverless/hearth/internal/daemon"
+)
+
+func service(run func(context.Context, *daemon.Runtime) error) daemon.Service {
+	return daemon.Service{Name: "thing", Short: "a thing", Run: run, Flags: func(f *pflag.FlagSet) { f.Int("n", 1, "a number") }}
+}
+
+func process(args ...string) (daemon.Process, *bytes.Buffer, chan os.Signal) {
+	out := &bytes.Buffer{}
+	signals := make(chan os.Signal, 2)
+	return daemon.Process{Args: args, LookupEnv: env(nil), Stdout: out, Stderr: out, Signals: signals, Exit: func(int) {}}, out, signals
+}
+
+func TestExitCodes(t *testing.T) {
+	ok := func(context.Context, *daemon.Runtime) error { return nil }
+	for _, c := range []struct {
+		name string
+		run  func(context.Context, *daemon.Runtime) error
+		args []string
+		code int
+		says string
+	}{
+		{"ends well", ok, nil, daemon.ExitOK, "stopped"},
+		{"fails", func(context.Context, *daemon.Runtime) error { return errors.New("no luck") }, nil, daemon.ExitFailed, "no luck"},
+		{"version", ok, []string{"--version"}, daemon.ExitOK, daemon.Version()},
+		{"help", ok, []string{"--help"}, daemon.ExitOK, "--admin-address"},
+		{"unknown flag", ok, []string{"--nope"}, daemon.ExitUsage, "--nope"},
+		{"argument", ok, []string{"extra"}, daemon.ExitUsage, "extra"},
+		{"public admin address", ok, []string{"--admin-address=0.0.0.0:0"}, daemon.ExitUsage, "not loopback"},
+		{"odd admin address", ok, []string{"--admin-address=localhost"}, daemon.ExitUsage, "HOST:PORT"},
+		{"log level", ok, []string{"--log-level=loud"}, daemon.ExitUsage, "loud"},
+		{"log format", ok, []string{"--log-format=xml"}, daemon.ExitUsage, "xml"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p, out, _ := process(c.args...)
+			if code := daemon.Execute(t.Context(), service(c.run), p); code != c.code {
+				t.Errorf("exit code %d, want %d", code, c.code)
+			}
+			if !strings.Contains(out.String(), c.says) {
+				t.Errorf("does not say %q: %s", c.says, out)
+			}
+		})
+	}
+}
+
+func TestSignalStopsRun(t *testing.T) {
+	p, out, signals := process("--log-format=json")
+	run := func(ctx context.Context, rt *daemon.Runtime) error {
+		rt.Ready.Set("a", nil)
+		signals <- syscall.SIGTERM
+		<-ctx.Done()
+		if rt.Ready.Err() == nil {
+			t.Error("still ready while shutting down")
+		}
+		return ctx.Err()
+	}
+	if code := daemon.Execute(t.Context(), service(run), p); code != daemon.ExitOK {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+}
+
+func TestSecondSignalExitsAtOnce(t *testing.T) {
+	p, _, signals := process()
+	exited := make(chan int, 1)
+	p.Exit = func(code int) { exited <- code }
+	run := func(ctx context.Context, _ *daemon.Runtime) error {
+		signals <- syscall.SIGINT
+		<-ctx.Done()
+		signals <- syscall.SIGINT
+		if code := <-exited; code != daemon.ExitInterrupted {
+			t.Errorf("exit code %d", code)
+		}
+		return nil
+	}
+	daemon.Execute(t.Context(), service(run), p)
+}
+
+func TestShutdownIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, _, signals := process()
+		release := make(chan struct{})
+		signals <- syscall.SIGTERM
+		rt := &daemon.Runtime{Log: slog.New(slog.DiscardHandler), Ready: &daemon.Readiness{}}
+		err := daemon.Supervise(t.Context(), service(func(context.Context, *daemon.Runtime) error { <-release; return nil }), rt, p)
+		if err == nil || !strings.Contains(err.Error(), "longer than 30s") {
+			t.Errorf("got %v", err)
+		}
+		close(release)
+	})
+}
+
+func TestAdminListener(t *testing.T) {
+	p, out, _ := process()
+	run := func(_ context.Context, rt *daemon.Runtime) error {
+		url := "http://" + rt.Admin
+		expect(t, http.DefaultClient, url+"/healthz", 200, "ok")
+		expect(t, http.DefaultClient, url+"/readyz", 503, "starting")
+		rt.Ready.Set("store", nil)
+		rt.Ready.Set("node", errors.New("not connected"))
+		expect(t, http.DefaultClient, url+"/readyz", 503, "node: not connected")
+		expect(t, http.DefaultClient, url+"/readyz?verbose", 503, `"node":{"ready":false,"reason":"not connected"}`)
+		rt.Ready.Set("node", nil)
+		expect(t, http.DefaultClient, url+"/readyz", 200, "ready")
+		expect(t, http.DefaultClient, url+"/metrics", 200, "hearth_build_info")
+		expect(t, http.DefaultClient, url+"/debug/pprof/cmdline", 200, "")
+		return nil
+	}
+	if code := daemon.Execute(t.Context(), service(run), p); code != 0 {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+	if !strings.Contains(out.String(), "admin=127.0.0.1:") {
+		t.Errorf("log does not tell the address: %s", out)
+	}
+}
+
+func expect(t *testing.T, c *http.Client, url string, code int, body string) {
+	t.Helper()
+	resp, err := c.Get(url)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != code || !strings.Contains(string(data), body) {
+		t.Errorf("%s: %d %.300s %v, want %d %q", url, resp.StatusCode, data, err, code, body)
+	}
+}

@@ -1,0 +1,159 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// MaxSocketPathBytes is the longest path of a Unix socket that Linux takes.
+	MaxSocketPathBytes = 107
+
+	drainTime  = 3 * time.Second // calls in flight may end by themselves
+	cancelTime = 2 * time.Second // and then have this long to notice that they were cancelled
+)
+
+// ServeUnix serves h (HTTP/1.1 and h2c) on a Unix socket that only its owner may use, until ctx is done; then it ends
+// streams at once, lets calls in flight finish for a short while, cancels the rest, and returns nil with the socket removed.
+//
+// A socket that an earlier process left is replaced; one that somebody listens on is an error that names it.
+func ServeUnix(ctx context.Context, path string, h http.Handler) error {
+	l, err := ListenUnix(ctx, path)
+	if err != nil {
+		return err
+	}
+	return serve(ctx, l, h)
+}
+
+func serve(ctx context.Context, l net.Listener, h http.Handler) error {
+	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
+	server := &http.Server{
+		Handler:           endStreams(ctx, h),
+		Protocols:         protocols,
+		ReadHeaderTimeout: 10 * time.Second,
+		BaseContext:       func(net.Listener) context.Context { return base },
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(l) }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	drain(base, cancel, server)
+	<-failed
+	return nil
+}
+
+func drain(base context.Context, cancel func(), server *http.Server) {
+	patient, done := context.WithTimeout(base, drainTime)
+	defer done()
+	if server.Shutdown(patient) == nil {
+		return
+	}
+	cancel()
+	last, done := context.WithTimeout(context.WithoutCancel(base), cancelTime)
+	defer done()
+	if server.Shutdown(last) != nil {
+		_ = server.Close()
+	}
+}
+
+// endStreams cancels streaming calls (watches, logs) as soon as stop is done: they would never end by themselves.
+func endStreams(stop context.Context, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !strings.HasPrefix(r.Header.Get("Content-Type"), "application/connect+") {
+			h.ServeHTTP(w, r)
+			return
+		}
+		ctx, cancel := context.WithCancel(r.Context())
+		defer cancel()
+		defer context.AfterFunc(stop, cancel)()
+		h.ServeHTTP(w, r.WithContext(ctx))
+	})
+}
+
+// ListenUnix listens as ServeUnix does, for servers that are not HTTP's.
+func ListenUnix(ctx context.Context, path string) (net.Listener, error) {
+	if err := CheckSocketPath(path); err != nil {
+		return nil, err
+	}
+	if err := removeStale(ctx, path); err != nil {
+		return nil, err
+	}
+	// On Linux a socket's file takes the mode that its descriptor has when it is bound, so that there is no moment in
+	// which others may connect.
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var chmod error
+		if err := c.Control(func(fd uintptr) { chmod = unix.Fchmod(int(fd), 0o600) }); err != nil {
+			return err
+		}
+		return chmod
+	}}
+	l, err := config.Listen(ctx, "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on socket %s: %w", path, err)
+	}
+	return l, nil
+}
+
+// CheckSocketPath returns an error that says what to do when path is too long for a Unix socket.
+func CheckSocketPath(path string) error {
+	if len(path) > MaxSocketPathBytes {
+		return fmt.Errorf("socket path %s has %d bytes, and the system takes %d: choose a shorter directory", path, len(path), MaxSocketPathBytes)
+	}
+	return nil
+}
+
+func removeStale(ctx context.Context, path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("socket %s: %w", path, err)
+	}
+	if info.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("socket %s: there is something else of that name (%s)", path, info.Mode())
+	}
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
+	if err == nil {
+		_ = conn.Close()
+		return fmt.Errorf("socket %s: another process listens on it; stop that one first", path)
+	}
+	if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("socket %s: %w", path, err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove stale socket: %w", err)
+	}
+	return nil
+}
+
+// UnixClient returns an h2c client whose every request goes to the socket, whatever host the URL names; by convention
+// "http://hearth". It sets no overall time-out: callers' contexts do.
+func UnixClient(path string) *http.Client {
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	return &http.Client{Transport: &http.Transport{
+		Protocols: protocols,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", path)
+		},
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
+	}}
+}

@@ -1,0 +1,64 @@
+package stack
+
+import (
+	"path/filepath"
+	"strconv"
+	"time"
+)
+
+// Names of the children, also of their logs and admin sockets.
+const (
+	nameContainerd  = "containerd"
+	nameRegistry    = "registry"
+	nameNodeagent   = "nodeagent"
+	namePoolmanager = "poolmanager"
+	nameGateway     = "gateway"
+)
+
+// spec is a child: how to start it, how long its end may take, and how one knows that it is ready.
+type spec struct {
+	name  string
+	cmd   command
+	grace time.Duration
+	ready probe
+	admin string // socket of its admin listener; empty if it has none
+}
+
+func (c Config) specs(environ []string) map[string]spec {
+	p, env := c.paths(), c.childEnv(environ)
+	tool := func(name string, grace time.Duration, ready probe, args ...string) spec {
+		return spec{name: name, grace: grace, ready: ready, cmd: command{filepath.Join(c.Tools, name), args, env, p.log(name)}}
+	}
+	own := func(name string, grace time.Duration, args ...string) spec {
+		args = append(args, "--log-level", c.LogLevel, "--admin-address", "unix:"+p.admin(name))
+		return spec{
+			name: name, grace: grace, ready: probeReadyz(p.admin(name)), admin: p.admin(name),
+			cmd: command{filepath.Join(c.Bin, name), args, env, p.log(name)},
+		}
+	}
+	return map[string]spec{
+		nameContainerd: tool(nameContainerd, 10*time.Second, probeDial("unix", p.containerdSocket()), "--config", p.containerdConfig()),
+		nameRegistry:   tool(nameRegistry, 5*time.Second, probeDial("tcp", c.RegistryAddress), "serve", p.registryConfig()),
+		nameNodeagent: own(nameNodeagent, 15*time.Second,
+			"--name", c.nodeName(),
+			"--root", p.nodeRoot(),
+			"--socket", p.nodeSocket(),
+			"--containerd-socket", p.containerdSocket(),
+			"--snapshotter-root", p.snapshotterRoot(),
+			"--snapshotter-socket", p.snapshotterSocket(),
+			"--cgroup-parent", CgroupParent(c.Name),
+			"--hosts-dir", c.HostsDir),
+		namePoolmanager: own(namePoolmanager, 10*time.Second,
+			"--store", p.store(),
+			"--rpc-socket", p.poolSocket(),
+			"--node-socket", c.nodeName()+"="+p.nodeSocket(),
+			"--pool-size", strconv.Itoa(c.PoolSize)),
+		nameGateway: own(nameGateway, 35*time.Second,
+			"--name", c.nodeName(),
+			"--address", c.GatewayAddress,
+			"--pool-socket", p.poolSocket()),
+	}
+}
+
+// nodeName is the only node's; the same after every start, so that what containerd remembers is found again.
+func (c Config) nodeName() string { return c.Name }
