@@ -91,10 +91,15 @@ type Decision struct {
 // It grows to concurrency / target, with the average over the window, or over the last two seconds when those are more than the
 // ready Instances should bear. It shrinks to that as well, but keeps what the window's busiest second needed at full concurrency:
 // an Instance stays for a window after it was last needed. It goes to zero when the window is silent and the grace has passed.
-// While the window is not covered by measurements it does not shrink at all.
+// While the window is not covered by measurements it does not shrink at all. From nothing it grows to the minimum only: a gateway
+// with a request claims the first Instance itself, so another would be one too many, and what the window remembers of a Function
+// that somebody released wants none.
 func Decide(now time.Time, p Policy, s State, o Observation) (Decision, State) {
 	have := o.Ready + o.Starting
 	s = silence(now, s, o)
+	if have == 0 {
+		return clamp(p, Decision{0, "no instance yet: the first request claims one"}), s
+	}
 	d := grow(p, o)
 	if d.Desired < have {
 		d = shrink(now, p, s, o, d)

@@ -25,7 +25,8 @@ func TestDecide(t *testing.T) {
 		reason  string
 	}{
 		{"nothing known", nil, scaler.State{}, o{}, 0, ""},
-		{"first request", nil, scaler.State{}, o{Now: 1}, 1, "here now"},
+		{"first request, its gateway claims", nil, scaler.State{}, o{Now: 1}, 0, "claims one"},
+		{"first request, claimed", nil, scaler.State{}, o{Now: 1, Starting: 1}, 1, "here now"},
 		{"average", nil, scaler.State{}, o{Average: 14.1, Recent: 14, Peak: 14.1, Covered: 1, Ready: 3}, 3, "average"},
 		{"one more than fits", nil, scaler.State{}, o{Average: 14.1, Recent: 14, Peak: 14.1, Covered: 1, Ready: 2}, 3, "average"},
 		{"concurrency of one is one each", &hearthv1.Scaling{Concurrency: 1}, scaler.State{}, o{Average: 3, Recent: 3, Peak: 3, Covered: 1, Ready: 3}, 3, ""},
@@ -40,8 +41,10 @@ func TestDecide(t *testing.T) {
 		{"silent, grace over", nil, over, o{Covered: 1, Ready: 1}, 0, "no request"},
 		{"not silent any more", nil, over, o{Covered: 1, Ready: 1, Now: 1}, 1, ""},
 		{"without grace", &hearthv1.Scaling{Grace: seconds(0)}, scaler.State{}, o{Covered: 1, Ready: 1}, 0, ""},
+		{"released stays released", nil, scaler.State{}, o{Average: 14.1, Recent: 14, Peak: 14.1, Covered: 1}, 0, "no instance"},
+		{"released keeps its minimum", &hearthv1.Scaling{Min: 2}, scaler.State{}, o{Average: 1, Covered: 1}, 2, "minimum"},
 		{"minimum", &hearthv1.Scaling{Min: 2}, over, o{Covered: 1, Ready: 2}, 2, "minimum"},
-		{"maximum", &hearthv1.Scaling{Max: 4}, scaler.State{}, o{Average: 1000, Recent: 1000, Peak: 1000, Covered: 1}, 4, "maximum"},
+		{"maximum", &hearthv1.Scaling{Max: 4}, scaler.State{}, o{Average: 1000, Recent: 1000, Peak: 1000, Covered: 1, Ready: 1}, 4, "maximum"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			d, _ := scaler.Decide(t0, scaler.PolicyOf(c.scaling), c.s, c.o)
@@ -87,7 +90,7 @@ func TestDecideProperties(t *testing.T) {
 		if o.Covered < 0.9 && d.Desired < have {
 			t.Fatalf("%+v %+v: %+v shrinks though samples are missing", p, o, d)
 		}
-		if (o.Now > 0 || o.Recent > 0 || o.Average > 0) && d.Desired == 0 {
+		if have > 0 && (o.Now > 0 || o.Recent > 0 || o.Average > 0) && d.Desired == 0 {
 			t.Fatalf("%+v %+v: %+v is zero under load", p, o, d)
 		}
 		more := o
