@@ -292,7 +292,6 @@ func (m *Manager) activate(now time.Time, f *function, a *allocation, i *instanc
 	a.attempts++
 	a.claim = &hearthv1.Claim{Id: claimID(a.id, a.attempts), Epoch: m.epoch, Deadline: timestamppb.New(a.deadline)}
 	a.chosen, a.inst, i.by = now, i, a
-	a.sandbox = i.warm.After(a.begun)
 	n.began = now
 	req := &hearthv1.ActivateRequest{InstanceId: i.id, Claim: a.claim, Revision: f.revision}
 	m.do(func(ctx context.Context) {

@@ -132,17 +132,13 @@ func (m *Manager) succeed(now time.Time, a *allocation, i *instance, phases []*h
 	m.finish(now, a, &hearthv1.AllocateResponse{Instance: i.message(), Phases: a.phases(phases)}, nil)
 }
 
-// phases are the wait for an Instance, and what the node did after that.
+// phases are how long it took to get a sandbox, from the pool or a new one, and what the node did after that.
 func (a *allocation) phases(node []*hearthv1.Phase) []*hearthv1.Phase {
 	if a.chosen.IsZero() {
 		return node
 	}
 	waited := a.chosen.Sub(a.begun)
-	name := "claim"
-	if a.sandbox {
-		name = "sandbox"
-	}
-	out := []*hearthv1.Phase{{Name: name, Offset: durationpb.New(0), Duration: durationpb.New(waited)}}
+	out := []*hearthv1.Phase{{Name: "sandbox", Offset: durationpb.New(0), Duration: durationpb.New(waited)}}
 	for _, p := range node {
 		out = append(out, &hearthv1.Phase{Name: p.GetName(), Offset: durationpb.New(waited + p.GetOffset().AsDuration()),
 			Duration: p.GetDuration(), Busy: p.GetBusy()})

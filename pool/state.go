@@ -124,7 +124,6 @@ type allocation struct {
 	lastErr      error
 	claim        *hearthv1.Claim // of the last attempt
 	chosen       time.Time
-	sandbox      bool // it had to wait for a sandbox to be made
 	inst         *instance
 	// done is closed when response or err is set, at ended.
 	done     chan struct{}

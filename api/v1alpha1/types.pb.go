@@ -849,7 +849,7 @@ func (x *Instance) GetCreatedAt() *timestamppb.Timestamp {
 // Phase is a part of a start. Phases may overlap: a layer is unpacked while it is fetched.
 type Phase struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Name: queue, claim, sandbox, resolve, fetch, decompress, unpack, image, create, process, first_byte, …
+	// Name: queue, sandbox (until one is claimed), resolve, fetch, decompress, unpack, image, create, process, first_byte, …
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Offset from the beginning of the start.
 	Offset   *durationpb.Duration `protobuf:"bytes,2,opt,name=offset,proto3" json:"offset,omitempty"`
