@@ -48,6 +48,7 @@ var families = map[string][]string{
 	"github.com/containerd/containerd/v2":                    {"instance"},
 	"github.com/containerd/containerd/v2/core/remotes":       {"registry"},
 	"github.com/containerd/containerd/v2/core/images":        {"registry", "instance"},
+	"github.com/containerd/containerd/v2/pkg/reference":      {"registry", "instance"},
 	"github.com/containerd/containerd/v2/core/mount":         {"snapshotter", "instance"},
 	"github.com/containerd/containerd/v2/core/snapshots":     {"snapshotter"},
 	"github.com/containerd/containerd/v2/contrib/snapshotse": {"snapshotter"},
