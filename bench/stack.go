@@ -12,7 +12,6 @@ import (
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
-	"github.com/hearth-serverless/hearth/bench/images"
 	"github.com/hearth-serverless/hearth/internal/daemon"
 	"github.com/hearth-serverless/hearth/internal/stack"
 )
@@ -35,10 +34,6 @@ type stackOptions struct {
 
 // startStack brings Hearth up with its data in dir. Sockets go to a short path, as their names must be.
 func startStack(ctx context.Context, o *Options, dir string, options stackOptions) (*machineStack, error) {
-	pause := filepath.Join(dir, "pause.tar")
-	if err := o.exportPause(ctx, pause); err != nil {
-		return nil, err
-	}
 	run, err := os.MkdirTemp("", "hearth-")
 	if err != nil {
 		return nil, fmt.Errorf("make a folder for sockets: %w", err)
@@ -47,7 +42,7 @@ func startStack(ctx context.Context, o *Options, dir string, options stackOption
 	s := &machineStack{pool: options.pool, cancel: cancel, ended: make(chan error, 1)}
 	up := make(chan *stack.Status, 1)
 	config := stack.Config{
-		Name: filepath.Base(run), Root: filepath.Join(dir, "hearth"), Run: run, Tools: o.Tools, Bin: o.Bin, PauseImage: pause,
+		Name: filepath.Base(run), Root: filepath.Join(dir, "hearth"), Run: run, Tools: o.Tools, Bin: o.Bin,
 		GatewayAddress: "127.0.0.1:0", Registry: options.registry, RegistryAddress: "127.0.0.1:0", PoolSize: options.pool,
 	}
 	if options.pool > 0 { // a suite that starts functions has time for the story
@@ -64,19 +59,6 @@ func startStack(ctx context.Context, o *Options, dir string, options stackOption
 	s.functions = hearthv1connect.NewFunctionServiceClient(client, "http://hearth")
 	s.allocation = hearthv1connect.NewAllocationServiceClient(client, "http://hearth")
 	return s, nil
-}
-
-// exportPause writes the archive that sandboxes are made of.
-func (o *Options) exportPause(ctx context.Context, file string) error {
-	layout, err := o.layout(ctx, "pause")
-	if err != nil {
-		return err
-	}
-	f, err := os.Create(file)
-	if err != nil {
-		return fmt.Errorf("export the pause image: %w", err)
-	}
-	return errors.Join(images.ExportTar(layout, stack.PauseRef, f), f.Close())
 }
 
 // stop takes everything down.

@@ -48,6 +48,22 @@ func ExportTar(layoutPath, ref string, w io.Writer) error {
 	return nil
 }
 
+// ExportFile is ExportTar into a file, which is there whole or not at all.
+func ExportFile(layoutPath, ref, file string) error {
+	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".*")
+	if err != nil {
+		return fmt.Errorf("export %s: %w", ref, err)
+	}
+	err = errors.Join(ExportTar(layoutPath, ref, f), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), file)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return nil
+}
+
 func exportTar(layoutPath, ref string, w io.Writer) error {
 	index, err := namedIndex(layoutPath, ref)
 	if err != nil {

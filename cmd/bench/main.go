@@ -96,7 +96,8 @@ func sampleImages() []string {
 }
 
 func imagesCommand(o *bench.Options) *cobra.Command {
-	return &cobra.Command{
+	archives := ""
+	cmd := &cobra.Command{
 		Use:       "images [NAME...]",
 		Short:     "Build the sample images, all or those named, unless they are cached",
 		ValidArgs: images.Names(),
@@ -114,8 +115,16 @@ func imagesCommand(o *bench.Options) *cobra.Command {
 					return err
 				}
 				fmt.Fprintln(cmd.OutOrStdout(), path)
+				if archives == "" {
+					continue
+				}
+				if err := images.ExportFile(path, "hearth.local/"+name+":1", filepath.Join(archives, name+".tar")); err != nil {
+					return err
+				}
 			}
 			return nil
 		},
 	}
+	cmd.Flags().StringVar(&archives, "archives", "", "folder in which to write NAME.tar too, for `ctr images import`, as hearth.local/NAME:1")
+	return cmd
 }

@@ -62,7 +62,7 @@ func (o *upOptions) add(f *pflag.FlagSet) {
 	f.StringVar(&o.config.Root, "root", stack.DefaultRoot, "folder of the data")
 	f.StringVar(&o.config.Tools, "tools", "", "folder of containerd, runc and so on (default: where this command is, or tools beside it)")
 	f.StringVar(&o.config.Bin, "bin", "", "folder of nodeagent, poolmanager and gateway (default: where this command is)")
-	f.StringVar(&o.config.PauseImage, "pause-image", "", "archive of the pause image (default: pause.tar in --tools)")
+	f.StringVar(&o.config.PauseImage, "pause-image", "", "archive of the pause image (default: pause.tar in --bin)")
 	f.StringVar(&o.config.GatewayAddress, "gateway-address", stack.DefaultGatewayAddress, "HOST:PORT of the gateway, on loopback; port 0 takes a free one")
 	f.BoolVar(&o.config.Registry, "registry", false, "run a private registry as well")
 	f.StringVar(&o.config.RegistryAddress, "registry-address", stack.DefaultRegistryAddress, "HOST:PORT of that registry, on loopback; port 0 takes a free one")

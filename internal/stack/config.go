@@ -33,7 +33,7 @@ type Config struct {
 	Tools string
 	// Bin has nodeagent, poolmanager and gateway. Default: the folder of this executable.
 	Bin string
-	// PauseImage is an archive of hearth.local/pause:1. Default pause.tar in Tools.
+	// PauseImage is an archive of hearth.local/pause:1, as `make build` writes it. Default pause.tar in Bin.
 	PauseImage string
 	// GatewayAddress is HOST:PORT for users, on loopback; port 0 takes a free one. Default DefaultGatewayAddress.
 	GatewayAddress string
@@ -69,9 +69,6 @@ func (c Config) WithDefaults() (Config, error) {
 	setDefault(&c.PoolSize, DefaultPoolSize)
 	setDefault(&c.LogLevel, "info")
 	c.PoolSize = max(0, c.PoolSize)
-	if c.PauseImage == "" && c.Tools != "" {
-		c.PauseImage = filepath.Join(c.Tools, "pause.tar")
-	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -85,6 +82,7 @@ func (c Config) WithDefaults() (Config, error) {
 		}
 		c.Bin = filepath.Dir(self)
 	}
+	setDefault(&c.PauseImage, filepath.Join(c.Bin, "pause.tar"))
 	return c, c.check()
 }
 

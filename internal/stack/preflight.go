@@ -35,7 +35,7 @@ func (c Config) checkTools() error {
 		problems = append(problems, fmt.Errorf("hearth's daemons in %s: there is no %s; `make build` compiles them into bin, name their folder with --bin", c.Bin, strings.Join(missing, ", ")))
 	}
 	if _, err := os.Stat(c.PauseImage); err != nil {
-		problems = append(problems, fmt.Errorf("pause image: %w; `make images` makes it, name the file with --pause-image", err))
+		problems = append(problems, fmt.Errorf("pause image: %w; `make build` makes it, name the file with --pause-image", err))
 	}
 	return errors.Join(problems...)
 }

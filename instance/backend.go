@@ -1,0 +1,126 @@
+package instance
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// backend is what the engine needs of containerd. Errors are those of errdefs, so that NotFound and Unavailable can be told.
+// It is one interface because one containerd is behind it; it is written as its parts, each of them small.
+type backend interface {
+	sandboxes
+	images
+	snapshots
+	tasks
+	containerList
+}
+
+type sandboxes interface {
+	// RunSandbox makes the sandbox of an Instance and returns when its network is up.
+	RunSandbox(ctx context.Context, instance string) (sandbox, error)
+	// Sandboxes lists every sandbox that belongs to an Instance: their identity and whether they are ready, no more.
+	Sandboxes(ctx context.Context) ([]sandbox, error)
+	// Inspect fills in what Sandboxes leaves out.
+	Inspect(ctx context.Context, sandboxID string) (sandbox, error)
+	// RemoveSandbox stops and removes a sandbox, its network and its cgroups. One that is not there is no error.
+	RemoveSandbox(ctx context.Context, sandboxID, instance string) error
+}
+
+type images interface {
+	// Image describes an image that is here and unpacked; NotFound otherwise.
+	Image(ctx context.Context, ref string) (*image, error)
+	// Pull brings an image here, unpacked.
+	Pull(ctx context.Context, ref string) error
+	// RemoveImage forgets an image under all its names and returns when its content and snapshots are gone, unless used.
+	RemoveImage(ctx context.Context, ref string) error
+}
+
+type snapshots interface {
+	// PrepareSnapshot makes a writable snapshot of an image, kept from garbage collection. NotFound if the image is gone.
+	PrepareSnapshot(ctx context.Context, key string, img *image) (rootfs, error)
+	// RemoveSnapshot removes one; that it is not there is no error.
+	RemoveSnapshot(ctx context.Context, key string) error
+	// PreparedSnapshots lists the keys of all that PrepareSnapshot has made and that are still there.
+	PreparedSnapshots(ctx context.Context) ([]string, error)
+}
+
+type tasks interface {
+	// CreateTask makes a container and its process, which does not run yet.
+	CreateTask(ctx context.Context, c container) error
+	// StartTask executes the process.
+	StartTask(ctx context.Context, containerID string) error
+	// StopTask ends the process (SIGTERM, then SIGKILL after grace) and removes container and process. One that is not there
+	// is no error.
+	StopTask(ctx context.Context, containerID string, grace time.Duration) error
+	// MarkServing labels a container, so that a restarted engine adopts it.
+	MarkServing(ctx context.Context, containerID string) error
+}
+
+type containerList interface {
+	// Containers lists those that CreateTask made.
+	Containers(ctx context.Context) ([]containerInfo, error)
+	// Exits calls tell for each process that ends, until ctx is done or the connection fails. Subscribed is called when it listens.
+	Exits(ctx context.Context, subscribed func(), tell func(exit)) error
+	// Ready says whether containerd and its CRI answer and have a network.
+	Ready(ctx context.Context) error
+}
+
+// sandbox is a CRI sandbox.
+type sandbox struct {
+	ID       string
+	Instance string
+	Ready    bool
+	Created  time.Time
+	// From here on only Inspect and RunSandbox know.
+	IP      netip.Addr
+	Pid     uint32 // of the pause process, which holds the namespaces
+	Netns   uint64 // inode of the network namespace
+	Runtime containers.RuntimeInfo
+}
+
+// image is what the engine remembers of an image, so that it need not ask when a request waits.
+type image struct {
+	Ref     string
+	Digest  digest.Digest
+	ChainID string
+	Config  ocispec.ImageConfig
+}
+
+// rootfs is a prepared snapshot.
+type rootfs struct {
+	Key    string
+	Mounts []*types.Mount
+	User   specs.User // the image's user, looked up in its passwd and group
+}
+
+// container is all that CreateTask needs.
+type container struct {
+	ID      string
+	Image   string
+	Labels  map[string]string
+	Sandbox sandbox
+	Rootfs  rootfs
+	Spec    *specs.Spec
+	Log     string // path of the file that gets stdout and stderr
+}
+
+// containerInfo is a container as it is found.
+type containerInfo struct {
+	ID, Snapshot string
+	Labels       map[string]string
+	Running      bool
+	Ended        bool // its process has been executed and has ended
+}
+
+// exit is the end of a process.
+type exit struct {
+	Container string // a Function's container, or a sandbox
+	Status    uint32
+}

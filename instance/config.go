@@ -1,0 +1,125 @@
+package instance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Labels of sandboxes and containers: the engine's whole memory across restarts.
+const (
+	labelNode     = "hearth.dev/node"
+	labelInstance = "hearth.dev/instance"
+	labelClaim    = "hearth.dev/claim"
+	labelEpoch    = "hearth.dev/epoch"
+	labelFunction = "hearth.dev/function"
+	labelRevision = "hearth.dev/revision"
+	labelImage    = "hearth.dev/image"
+	labelChain    = "hearth.dev/chain"
+	labelPort     = "hearth.dev/port"
+	labelCPU      = "hearth.dev/cpu-millis"
+	labelServing  = "hearth.dev/serving"
+)
+
+// Phase is a part of an image's way to the node, at its real time.
+type Phase struct {
+	Name     string
+	Start    time.Time
+	Duration time.Duration
+	Busy     time.Duration // of Duration, the time spent working; 0 if not known
+}
+
+// ListenWatcher tells when a process begins to listen; see internal/bpf. The channel gets the address that is listened on.
+type ListenWatcher interface {
+	Expect(netns uint64, port uint16) (told <-chan netip.Addr, cancel func())
+}
+
+// Config of an Engine. Node, Root, Address and CgroupParent are required.
+type Config struct {
+	// Node is this node's name: a DNS label.
+	Node string
+	// Root is the directory of log files and of files that are mounted into Instances; absolute.
+	Root string
+	// Address is the path of containerd's socket.
+	Address string
+	// Namespace of containerd in which the CRI works; default "k8s.io".
+	Namespace string
+	// Snapshotter that the CRI uses; default "hearth".
+	Snapshotter string
+	// CgroupParent is the absolute cgroup path under which each Instance gets a cgroup of its own.
+	CgroupParent string
+	// ResolvConf is copied into Instances; default /etc/resolv.conf.
+	ResolvConf string
+
+	// Phases returns the phases of the last pull of an image; nil if nobody knows.
+	Phases func(imageRef string) ([]Phase, bool)
+	// Listens tells when a Function listens. Nil: the engine tries to connect until it can.
+	Listens ListenWatcher
+	// Credentials of the registry that an image is pulled from; nil or empty answers mean none.
+	Credentials func(ctx context.Context, imageRef string) (user, secret string, err error)
+	// Dial tries to connect to a Function; default is TCP.
+	Dial func(ctx context.Context, address netip.AddrPort) error
+
+	// DefaultClaimTimeout holds for claims without a deadline; default 30 s.
+	DefaultClaimTimeout time.Duration
+	// Grace between SIGTERM and SIGKILL for an Instance that serves, when the caller names none; default 5 s.
+	Grace time.Duration
+	// KeptLogs is how many log files of ended Instances are kept for each Function; default 10.
+	KeptLogs int
+	// MaxLogBytes is the size at which a log file is emptied; default 64 MiB.
+	MaxLogBytes int64
+
+	Logger     *slog.Logger          // default: none
+	Registerer prometheus.Registerer // default: a registry of its own
+}
+
+func (c Config) withDefaults() (Config, error) {
+	var problems []error
+	if err := checkLabel("node name", c.Node); err != nil {
+		problems = append(problems, err)
+	}
+	for what, path := range map[string]string{"root": c.Root, "containerd address": c.Address, "cgroup parent": c.CgroupParent} {
+		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
+			problems = append(problems, fmt.Errorf("%s %q is not a clean absolute path", what, path))
+		}
+	}
+	setDefault(&c.Namespace, "k8s.io")
+	setDefault(&c.Snapshotter, "hearth")
+	setDefault(&c.ResolvConf, "/etc/resolv.conf")
+	setDefault(&c.DefaultClaimTimeout, 30*time.Second)
+	setDefault(&c.Grace, 5*time.Second)
+	setDefault(&c.KeptLogs, 10)
+	setDefault(&c.MaxLogBytes, 64<<20)
+	if c.Dial == nil {
+		c.Dial = dialTCP
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Registerer == nil {
+		c.Registerer = prometheus.NewRegistry()
+	}
+	return c, errors.Join(problems...)
+}
+
+func setDefault[T comparable](v *T, to T) {
+	var zero T
+	if *v == zero {
+		*v = to
+	}
+}
+
+func dialTCP(ctx context.Context, address netip.AddrPort) error {
+	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", address.String())
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}

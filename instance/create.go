@@ -1,0 +1,137 @@
+package instance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+)
+
+// createTime bounds the making of one sandbox.
+const createTime = time.Minute
+
+// CreateInstance implements NodeService.
+func (e *Engine) CreateInstance(ctx context.Context, req *connect.Request[hearthv1.CreateInstanceRequest]) (
+	*connect.Response[hearthv1.CreateInstanceResponse], error,
+) {
+	p, err := e.create(ctx, req.Msg.Id, req.Msg.Degree)
+	if err != nil {
+		return nil, connectError(err)
+	}
+	return connect.NewResponse(&hearthv1.CreateInstanceResponse{Instance: p}), nil
+}
+
+func (e *Engine) create(ctx context.Context, id string, degree hearthv1.Degree) (*hearthv1.Instance, error) {
+	if err := checkInstanceID(id); err != nil {
+		return nil, err
+	}
+	if degree != hearthv1.Degree_DEGREE_UNSPECIFIED && degree != hearthv1.Degree_DEGREE_SANDBOX {
+		return nil, invalid("degree %s: this node makes sandboxes only", degree)
+	}
+	if err := e.open(); err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	i, known := e.instances[id]
+	if !known {
+		i = newInstance(id, hearthv1.State_STATE_UNSPECIFIED, time.Now())
+		e.instances[id] = i
+	}
+	e.mu.Unlock()
+	if !known {
+		e.beginCreation(i)
+	}
+	select {
+	case <-i.warm:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("create instance %s: %w", id, ctx.Err())
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.failure != nil {
+		return nil, i.failure
+	}
+	if i.state >= hearthv1.State_STATE_DRAINING {
+		return nil, fmt.Errorf("instance %s is being discarded: %w", id, errdefs.ErrFailedPrecondition)
+	}
+	return i.proto(e.cfg.Node), nil
+}
+
+// beginCreation has the engine make the sandbox of an Instance that is in the map already.
+func (e *Engine) beginCreation(i *instance) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	e.advance(i, hearthv1.State_STATE_CREATING)
+	begun := e.begin(i, time.Now().Add(createTime), func(ctx context.Context) {
+		s, err := e.makeSandbox(ctx, i.id)
+		e.endCreation(i, s, err)
+	})
+	if !begun {
+		i.failure = errStopping
+		close(i.warm)
+	}
+}
+
+// begin has the engine work at an Instance until deadline. A discard ends the work's context and waits until f has returned.
+// i.mu must be held: f is called when it is free.
+func (e *Engine) begin(i *instance, deadline time.Time, f func(context.Context)) bool {
+	done := make(chan struct{})
+	i.work = work{done: done}
+	begun := e.spawn(func(base context.Context) {
+		ctx, cancel := context.WithDeadline(base, deadline)
+		defer cancel()
+		defer close(done)
+		i.mu.Lock()
+		i.work.cancel = cancel
+		ended := i.ending
+		i.mu.Unlock()
+		if ended {
+			cancel()
+		}
+		f(ctx)
+	})
+	if !begun {
+		i.work = work{}
+	}
+	return begun
+}
+
+// makeSandbox prepares the files first: a sandbox that is there has them.
+func (e *Engine) makeSandbox(ctx context.Context, id string) (sandbox, error) {
+	if err := e.backend.Ready(ctx); err != nil { // a half-made sandbox is the most that a call to a broken containerd could give
+		return sandbox{}, err
+	}
+	s, err := e.backend.RunSandbox(ctx, id)
+	if err != nil {
+		return sandbox{}, err
+	}
+	return s, e.writeFiles(id, s)
+}
+
+func (e *Engine) endCreation(i *instance, s sandbox, err error) {
+	i.mu.Lock()
+	i.sandbox = s
+	if err == nil && i.state == hearthv1.State_STATE_CREATING {
+		if !s.Created.IsZero() {
+			i.created = s.Created
+		}
+		e.advance(i, hearthv1.State_STATE_WARM)
+	}
+	if err != nil && i.failure == nil {
+		if errors.Is(err, context.Canceled) {
+			err = fmt.Errorf("creation was ended: %w", errdefs.ErrUnavailable)
+		}
+		i.failure = fmt.Errorf("create instance %s: %w", i.id, err)
+		e.log.Warn("instance not created", "instance", i.id, "error", err)
+	}
+	close(i.warm)
+	i.mu.Unlock()
+	if err != nil {
+		e.end(i, hearthv1.State_STATE_DRAINING, 0)
+	}
+}

@@ -1,0 +1,167 @@
+package instance
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"connectrpc.com/connect"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+)
+
+const (
+	// maxGrace is the longest that a Function may take to end by itself.
+	maxGrace = 10 * time.Minute
+	// removeTime bounds one attempt to remove an Instance, the grace not counted.
+	removeTime = time.Minute
+)
+
+// Discard implements NodeService.
+func (e *Engine) Discard(ctx context.Context, req *connect.Request[hearthv1.DiscardRequest]) (
+	*connect.Response[hearthv1.DiscardResponse], error,
+) {
+	if err := e.discard(ctx, req.Msg); err != nil {
+		return nil, connectError(err)
+	}
+	return connect.NewResponse(&hearthv1.DiscardResponse{}), nil
+}
+
+func (e *Engine) discard(ctx context.Context, req *hearthv1.DiscardRequest) error {
+	if err := checkInstanceID(req.InstanceId); err != nil {
+		return err
+	}
+	grace := e.cfg.Grace
+	if req.Grace != nil {
+		grace = req.Grace.AsDuration()
+	}
+	if grace < 0 || grace > maxGrace || req.Epoch < 0 {
+		return invalid("grace %s is not between 0 and %s, or epoch %d is negative", grace, maxGrace, req.Epoch)
+	}
+	if err := e.open(); err != nil {
+		return err
+	}
+	if err := e.admit(req.Epoch); err != nil {
+		return err
+	}
+	i, ok := e.lookup(req.InstanceId)
+	if !ok {
+		return nil
+	}
+	e.end(i, hearthv1.State_STATE_DRAINING, grace)
+	ctx, cancel := context.WithTimeout(ctx, grace+2*removeTime) // the removal itself goes on until it has succeeded
+	defer cancel()
+	select {
+	case <-i.done:
+		return nil
+	case <-e.stopped:
+		return errStopping
+	case <-ctx.Done():
+		return fmt.Errorf("discard instance %s: %w", i.id, ctx.Err())
+	}
+}
+
+// end begins to discard an Instance: to is Draining when it is wanted so, Gone when it has ended by itself. Only one that serves
+// gets grace. It does not wait; calling it again is harmless.
+func (e *Engine) end(i *instance, to hearthv1.State, grace time.Duration) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.state != hearthv1.State_STATE_SERVING || to == hearthv1.State_STATE_GONE {
+		grace = 0
+	}
+	e.advance(i, to)
+	if i.ending {
+		return
+	}
+	i.ending = true
+	if i.work.cancel != nil {
+		i.work.cancel()
+	}
+	e.spawn(func(ctx context.Context) { e.tearDown(ctx, i, grace) }) // or the next engine does it
+}
+
+// tearDown waits for what is under way at an Instance, then removes it, until that has succeeded or the engine stops.
+func (e *Engine) tearDown(ctx context.Context, i *instance, grace time.Duration) {
+	i.mu.Lock()
+	under := i.work.done
+	i.mu.Unlock()
+	if under != nil {
+		<-under // its context has ended
+	}
+	for delay := 200 * time.Millisecond; ; delay = min(2*delay, 5*time.Second) {
+		err := e.remove(ctx, i, grace)
+		if err == nil {
+			break
+		}
+		e.log.Warn("instance not removed yet", "instance", i.id, "error", err)
+		if !sleep(ctx, delay) {
+			return
+		}
+		grace = 0
+	}
+	i.mu.Lock()
+	e.advance(i, hearthv1.State_STATE_GONE)
+	function := i.revision.GetFunction()
+	i.mu.Unlock()
+	e.mu.Lock()
+	delete(e.instances, i.id)
+	e.mu.Unlock()
+	close(i.done)
+	if err := e.logs.prune(function, e.live); err != nil {
+		e.log.Warn("old logs not removed", "function", function, "error", err)
+	}
+}
+
+// remove removes all of an Instance from containerd and disk. Each step is harmless when it was done before.
+func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, removeTime+grace)
+	defer cancel()
+	i.mu.Lock()
+	box, claimed, snapshot := i.sandbox.ID, i.claim != nil, i.snapshot
+	i.mu.Unlock()
+	if claimed {
+		if err := e.backend.StopTask(ctx, containerID(i.id), grace); err != nil {
+			return err
+		}
+	}
+	if snapshot != "" {
+		if err := e.backend.RemoveSnapshot(ctx, snapshot); err != nil {
+			return err
+		}
+		e.shelf.release(snapshot)
+	}
+	if err := e.removeSandboxes(ctx, i.id, box); err != nil {
+		return err
+	}
+	return os.RemoveAll(e.filesOf(i.id))
+}
+
+// removeSandboxes removes the sandbox of an Instance; if its id is not known, because its creation's answer never came or
+// because a former engine made it, all that bear the Instance's label.
+func (e *Engine) removeSandboxes(ctx context.Context, instance, box string) error {
+	ids := []string{box}
+	if box == "" {
+		all, err := e.backend.Sandboxes(ctx)
+		if err != nil {
+			return err
+		}
+		for _, s := range all {
+			if s.Instance == instance {
+				ids = append(ids, s.ID)
+			}
+		}
+	}
+	for _, id := range ids[1:] {
+		if err := e.backend.RemoveSandbox(ctx, id, instance); err != nil {
+			return err
+		}
+	}
+	return e.backend.RemoveSandbox(ctx, ids[0], instance)
+}
+
+// live tells whether an Instance is there, so that its log is kept.
+func (e *Engine) live(id string) bool {
+	_, ok := e.lookup(id)
+	return ok
+}

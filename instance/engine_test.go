@@ -1,0 +1,362 @@
+package instance_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"connectrpc.com/connect"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/instance"
+)
+
+func TestOneOfManyClaimsWins(t *testing.T) {
+	f := newFake()
+	e := run(t, f)
+	if err := create(e, "a"); err != nil {
+		t.Fatal(err)
+	}
+	var won atomic.Int32
+	var all sync.WaitGroup
+	for n := range 100 {
+		all.Go(func() {
+			answer, err := activate(e, "a", fmt.Sprint("claim-", n), 1, time.Minute)
+			if err == nil {
+				won.Add(1)
+				if answer.Instance.Claim.Id != fmt.Sprint("claim-", n) {
+					t.Errorf("claim-%d got the answer of %s", n, answer.Instance.Claim.Id)
+				}
+				return
+			}
+			wantCode(t, err, connect.CodeFailedPrecondition)
+		})
+	}
+	all.Wait()
+	if won.Load() != 1 || f.created != 1 {
+		t.Errorf("%d claims won, %d containers were created, want 1", won.Load(), f.created)
+	}
+}
+
+func TestSameClaimIsOneActivation(t *testing.T) {
+	f := newFake()
+	e := run(t, f)
+	if err := create(e, "a"); err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			answer, err := activate(e, "a", "claim", 1, time.Minute)
+			if err != nil || answer.Instance.State != hearthv1.State_STATE_SERVING || answer.Instance.Address == "" {
+				t.Errorf("got %v, %v", answer, err)
+			}
+		})
+	}
+	all.Wait()
+	if f.created != 1 {
+		t.Errorf("%d containers were created, want 1", f.created)
+	}
+}
+
+func TestEpochs(t *testing.T) {
+	e := run(t, newFake())
+	for _, id := range []string{"a", "b"} {
+		if err := create(e, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := activate(e, "a", "c1", 5, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	_, err := activate(e, "b", "c2", 4, time.Minute)
+	wantCode(t, err, connect.CodeFailedPrecondition)
+	wantCode(t, discard(e, "a", 4), connect.CodeFailedPrecondition)
+	if err := discard(e, "a", 0); err != nil { // a human's
+		t.Error(err)
+	}
+	if _, err := activate(e, "b", "c2", 6, time.Minute); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestClaimThatDoesNotServeByItsDeadlineIsDiscarded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.listens = false
+		e, stop := runUntil(t, f)
+		defer stop()
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		_, err := activate(e, "a", "c", 1, 10*time.Second)
+		wantCode(t, err, connect.CodeDeadlineExceeded)
+		if took := time.Since(begin); took < 10*time.Second || took > 11*time.Second {
+			t.Errorf("it took %s", took)
+		}
+		synctest.Wait()
+		if got := f.left(); got != nothing || len(list(t, e)) != 0 {
+			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+func TestClaimWhoseCallerHasGoneIsFinished(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		release := make(chan struct{})
+		f.onCreate = func(context.Context) error { <-release; return nil }
+		e, stop := runUntil(t, f)
+		defer stop()
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		answered := make(chan error)
+		go func() {
+			_, err := e.Activate(ctx, connect.NewRequest(&hearthv1.ActivateRequest{
+				InstanceId: "a", Revision: revision(), Claim: &hearthv1.Claim{Id: "c", Epoch: 1},
+			}))
+			answered <- err
+		}()
+		synctest.Wait()
+		cancel()
+		wantCode(t, <-answered, connect.CodeCanceled)
+		close(release)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if got := list(t, e)["a"].GetState(); got != hearthv1.State_STATE_SERVING {
+			t.Errorf("it is %s", got)
+		}
+	})
+}
+
+func TestProcessThatEndsBeforeItListens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.listens = false
+		e, stop := runUntil(t, f)
+		defer stop()
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		answered := make(chan error)
+		go func() {
+			_, err := activate(e, "a", "c", 1, time.Minute)
+			answered <- err
+		}()
+		synctest.Wait()
+		f.exits <- instance.Exit{Container: "a.fn", Status: 3}
+		err := <-answered
+		wantCode(t, err, connect.CodeInternal)
+		if !strings.Contains(err.Error(), "status 3") {
+			t.Errorf("%v does not tell the status", err)
+		}
+		synctest.Wait()
+		if got := f.left(); got != nothing {
+			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+func TestEndsThatNobodyAskedFor(t *testing.T) {
+	for name, x := range map[string]string{"process": "a.fn", "sandbox": "box-1"} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFake()
+				e, stop := runUntil(t, f)
+				defer stop()
+				if err := create(e, "a"); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := activate(e, "a", "c", 1, time.Minute); err != nil {
+					t.Fatal(err)
+				}
+				f.exits <- instance.Exit{Container: x, Status: 1}
+				synctest.Wait()
+				if got := f.left(); got != nothing || len(list(t, e)) != 0 {
+					t.Errorf("left: %s", got)
+				}
+			})
+		})
+	}
+}
+
+func TestEndThatNobodyTold(t *testing.T) {
+	for name, harm := range map[string]func(f *fake){
+		"process": func(f *fake) {
+			c := f.containers["a.fn"]
+			c.Running, c.Ended = false, true
+			f.containers["a.fn"] = c
+		},
+		"container": func(f *fake) { delete(f.containers, "a.fn") },
+		"sandbox":   func(f *fake) { clear(f.sandboxes) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFake()
+				e, stop := runUntil(t, f)
+				defer stop()
+				if err := create(e, "a"); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := activate(e, "a", "c", 1, time.Minute); err != nil {
+					t.Fatal(err)
+				}
+				f.set(func() { harm(f) })
+				time.Sleep(time.Minute) // of the bubble's time: a comparison or two
+				synctest.Wait()
+				if got := f.left(); got != nothing || len(list(t, e)) != 0 {
+					t.Errorf("left: %s", got)
+				}
+			})
+		})
+	}
+}
+
+// TestStatesOnlyGrow does everything to a few Instances at once, in random order, and listens.
+func TestStatesOnlyGrow(t *testing.T) {
+	f := newFake()
+	e := run(t, f)
+	ctx, cancel := context.WithCancel(t.Context())
+	watched := make(chan error, 1)
+	go func() {
+		last := map[string]hearthv1.State{}
+		watched <- e.Watch(ctx, func(r *hearthv1.WatchInstancesResponse) error {
+			i := r.GetInstance()
+			if i == nil {
+				return nil
+			}
+			if i.State <= last[i.Id] {
+				return fmt.Errorf("%s went from %s to %s", i.Id, last[i.Id], i.State)
+			}
+			if last[i.Id] = i.State; i.State == hearthv1.State_STATE_GONE {
+				delete(last, i.Id)
+			}
+			return nil
+		})
+	}()
+	var all sync.WaitGroup
+	for worker := range 8 {
+		random := rand.New(rand.NewPCG(1, uint64(worker)))
+		all.Go(func() {
+			for n := range 150 {
+				id := fmt.Sprint("i-", random.IntN(4))
+				switch random.IntN(5) {
+				case 0, 1:
+					_ = create(e, id)
+				case 2:
+					_, _ = activate(e, id, fmt.Sprintf("c-%d-%d", worker, n), 1, time.Minute)
+				case 3:
+					if err := discard(e, id, 1); err != nil {
+						t.Error(err)
+					}
+				case 4:
+					f.set(func() {
+						if c, ok := f.containers[id+".fn"]; ok {
+							c.Running, c.Ended = false, true
+							f.containers[id+".fn"] = c
+						}
+					})
+					if err := e.Reconcile(t.Context()); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	all.Wait()
+	for id := range list(t, e) {
+		if err := discard(e, id, 1); err != nil {
+			t.Error(err)
+		}
+	}
+	cancel()
+	if err := <-watched; err != nil {
+		t.Error(err)
+	}
+	if got := f.left(); got != nothing {
+		t.Errorf("left: %s", got)
+	}
+}
+
+func TestDiscardWhileCreating(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.onCreate = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		e, stop := runUntil(t, f)
+		defer stop()
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		answered := make(chan error)
+		go func() {
+			_, err := activate(e, "a", "c", 1, time.Minute)
+			answered <- err
+		}()
+		synctest.Wait()
+		if err := discard(e, "a", 1); err != nil {
+			t.Error(err)
+		}
+		wantCode(t, <-answered, connect.CodeUnavailable)
+		if got := f.left(); got != nothing {
+			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+func TestContainerdAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.down = true
+		e, stop := runUntil(t, f)
+		defer stop()
+		wantCode(t, create(e, "a"), connect.CodeUnavailable)
+		f.set(func() { f.down = false })
+		time.Sleep(time.Second)
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		f.set(func() { f.down = true })
+		wantCode(t, create(e, "b"), connect.CodeUnavailable)
+		_, err := activate(e, "a", "c", 1, time.Minute)
+		wantCode(t, err, connect.CodeUnavailable)
+		f.set(func() { f.down = false })
+		time.Sleep(time.Minute)
+		if got := f.left(); got != nothing { // both failed and had to go, as soon as that was possible
+			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+func TestSlowSubscriberIsLetGo(t *testing.T) {
+	e := run(t, newFake())
+	listening, more := make(chan struct{}), make(chan struct{})
+	ended := make(chan error, 1)
+	go func() {
+		ended <- e.Watch(t.Context(), func(r *hearthv1.WatchInstancesResponse) error {
+			if r.GetSynced() {
+				close(listening)
+				<-more
+			}
+			return nil
+		})
+	}()
+	<-listening
+	for n := range 300 { // four changes each
+		id := fmt.Sprint("i-", n)
+		if err := errors.Join(create(e, id), discard(e, id, 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(more)
+	wantCode(t, <-ended, connect.CodeResourceExhausted)
+}

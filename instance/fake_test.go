@@ -1,0 +1,317 @@
+package instance_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/instance"
+)
+
+// fake is a containerd in memory. Its functions listen as soon as they are started, unless listens says otherwise.
+type fake struct {
+	mu         sync.Mutex
+	down       bool
+	next       int
+	sandboxes  map[string]instance.Sandbox
+	containers map[string]instance.ContainerInfo
+	snapshots  map[string]bool
+	images     map[string]bool
+	pulls      int
+	created    int
+	listens    bool
+	exits      chan instance.Exit
+	onCreate   func(ctx context.Context) error
+}
+
+func newFake() *fake {
+	return &fake{
+		sandboxes: map[string]instance.Sandbox{}, containers: map[string]instance.ContainerInfo{}, snapshots: map[string]bool{},
+		images: map[string]bool{}, listens: true, exits: make(chan instance.Exit),
+	}
+}
+
+func (f *fake) locked(do func() error) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.down {
+		return errdefs.ErrUnavailable
+	}
+	return do()
+}
+
+func (f *fake) RunSandbox(ctx context.Context, id string) (s instance.Sandbox, err error) {
+	err = f.locked(func() error {
+		f.next++
+		s = instance.Sandbox{
+			ID: fmt.Sprintf("box-%d", f.next), Instance: id, Ready: true, Created: time.Now(),
+			IP: netip.AddrFrom4([4]byte{10, 0, byte(f.next >> 8), byte(f.next)}), Pid: uint32(f.next), Netns: uint64(f.next),
+		}
+		f.sandboxes[s.ID] = s
+		return ctx.Err()
+	})
+	return s, err
+}
+
+func (f *fake) Sandboxes(context.Context) (all []instance.Sandbox, err error) {
+	err = f.locked(func() error { all = slices.Collect(maps.Values(f.sandboxes)); return nil })
+	return all, err
+}
+
+func (f *fake) Inspect(_ context.Context, id string) (s instance.Sandbox, err error) {
+	err = f.locked(func() error {
+		var ok bool
+		if s, ok = f.sandboxes[id]; !ok {
+			return errdefs.ErrNotFound
+		}
+		return nil
+	})
+	return s, err
+}
+
+func (f *fake) RemoveSandbox(_ context.Context, id, _ string) error {
+	return f.locked(func() error { delete(f.sandboxes, id); return nil })
+}
+
+func (f *fake) Image(_ context.Context, ref string) (img *instance.Image, err error) {
+	err = f.locked(func() error {
+		if !f.images[ref] {
+			return errdefs.ErrNotFound
+		}
+		img = &instance.Image{
+			Ref: ref, Digest: digest.FromString("image"), ChainID: "chain", Config: ocispec.ImageConfig{Entrypoint: []string{"/function"}},
+		}
+		return nil
+	})
+	return img, err
+}
+
+func (f *fake) Pull(_ context.Context, ref string) error {
+	return f.locked(func() error { f.pulls++; f.images[ref] = true; return nil })
+}
+
+func (f *fake) RemoveImage(_ context.Context, ref string) error {
+	return f.locked(func() error { delete(f.images, ref); return nil })
+}
+
+func (f *fake) PrepareSnapshot(_ context.Context, key string, img *instance.Image) (instance.Rootfs, error) {
+	err := f.locked(func() error {
+		if !f.images[img.Ref] {
+			return errdefs.ErrNotFound
+		}
+		f.snapshots[key] = true
+		return nil
+	})
+	return instance.Rootfs{Key: key}, err
+}
+
+func (f *fake) RemoveSnapshot(_ context.Context, key string) error {
+	return f.locked(func() error { delete(f.snapshots, key); return nil })
+}
+
+func (f *fake) PreparedSnapshots(context.Context) (keys []string, err error) {
+	err = f.locked(func() error { keys = slices.Collect(maps.Keys(f.snapshots)); return nil })
+	return keys, err
+}
+
+func (f *fake) CreateTask(ctx context.Context, c instance.Container) error {
+	if f.onCreate != nil {
+		if err := f.onCreate(ctx); err != nil {
+			return err
+		}
+	}
+	return f.locked(func() error {
+		if _, ok := f.containers[c.ID]; ok {
+			return errdefs.ErrAlreadyExists
+		}
+		f.created++
+		f.containers[c.ID] = instance.ContainerInfo{ID: c.ID, Snapshot: c.Rootfs.Key, Labels: c.Labels}
+		return nil
+	})
+}
+
+func (f *fake) StartTask(_ context.Context, id string) error {
+	return f.locked(func() error {
+		c := f.containers[id]
+		c.Running = true
+		f.containers[id] = c
+		return nil
+	})
+}
+
+func (f *fake) StopTask(_ context.Context, id string, _ time.Duration) error {
+	return f.locked(func() error { delete(f.containers, id); return nil })
+}
+
+func (f *fake) MarkServing(_ context.Context, id string) error {
+	return f.locked(func() error {
+		c, ok := f.containers[id]
+		if !ok {
+			return errdefs.ErrNotFound
+		}
+		c.Labels = maps.Clone(c.Labels)
+		c.Labels[instance.LabelServing] = "1"
+		f.containers[id] = c
+		return nil
+	})
+}
+
+func (f *fake) Containers(context.Context) (all []instance.ContainerInfo, err error) {
+	err = f.locked(func() error { all = slices.Collect(maps.Values(f.containers)); return nil })
+	return all, err
+}
+
+func (f *fake) Exits(ctx context.Context, subscribed func(), tell func(instance.Exit)) error {
+	subscribed()
+	for {
+		select {
+		case x := <-f.exits:
+			tell(x)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (f *fake) Ready(context.Context) error { return f.locked(func() error { return nil }) }
+
+// dial is how the engine finds out whether a function listens.
+func (f *fake) dial(context.Context, netip.AddrPort) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.listens {
+		return errors.New("refused")
+	}
+	return nil
+}
+
+// set changes the fake while the engine runs.
+func (f *fake) set(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
+}
+
+// left tells what is in containerd, which is nothing when all Instances have gone.
+func (f *fake) left() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return fmt.Sprintf("%d sandboxes, %d containers, %d snapshots", len(f.sandboxes), len(f.containers), len(f.snapshots))
+}
+
+const nothing = "0 sandboxes, 0 containers, 0 snapshots"
+
+// run makes an engine over the fake, which runs until the test ends, and waits until it answers.
+func run(t *testing.T, f *fake) *instance.Engine {
+	t.Helper()
+	e, stop := runUntil(t, f)
+	t.Cleanup(stop)
+	return e
+}
+
+// runUntil is run with an end.
+func runUntil(t *testing.T, f *fake) (*instance.Engine, func()) {
+	t.Helper()
+	e, err := instance.NewWithBackend(instance.Config{
+		Node: "node", Root: t.TempDir(), Address: "/none", CgroupParent: "/hearth-fake", ResolvConf: "/none", Dial: f.dial,
+	}, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- e.Run(ctx) }()
+	for e.Ready(ctx) != nil {
+		if f.isDown() {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return e, func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("run: %v", err)
+		}
+	}
+}
+
+func (f *fake) isDown() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.down
+}
+
+func revision() *hearthv1.Revision {
+	return &hearthv1.Revision{Name: "hello-00001", Function: "hello", Image: "example.org/hello:1", Port: 8080}
+}
+
+func create(e *instance.Engine, id string) error {
+	_, err := e.CreateInstance(context.Background(), connect.NewRequest(&hearthv1.CreateInstanceRequest{Id: id}))
+	return err
+}
+
+func activate(e *instance.Engine, id, claim string, epoch int64, within time.Duration) (*hearthv1.ActivateResponse, error) {
+	r, err := e.Activate(context.Background(), connect.NewRequest(&hearthv1.ActivateRequest{
+		InstanceId: id, Revision: revision(),
+		Claim: &hearthv1.Claim{Id: claim, Epoch: epoch, Deadline: timestamppb.New(time.Now().Add(within))},
+	}))
+	if err != nil {
+		return nil, err
+	}
+	return r.Msg, nil
+}
+
+func discard(e *instance.Engine, id string, epoch int64) error {
+	_, err := e.Discard(context.Background(), connect.NewRequest(&hearthv1.DiscardRequest{
+		InstanceId: id, Epoch: epoch, Grace: durationpb.New(0),
+	}))
+	return err
+}
+
+func prepare(e *instance.Engine, n int32) (*hearthv1.PrepareRevisionResponse, error) {
+	r, err := e.PrepareRevision(context.Background(), connect.NewRequest(&hearthv1.PrepareRevisionRequest{Revision: revision(), Snapshots: n}))
+	if err != nil {
+		return nil, err
+	}
+	return r.Msg, nil
+}
+
+// list is what a new subscriber hears.
+func list(t *testing.T, e *instance.Engine) map[string]*hearthv1.Instance {
+	t.Helper()
+	all := map[string]*hearthv1.Instance{}
+	err := e.Watch(context.Background(), func(r *hearthv1.WatchInstancesResponse) error {
+		if r.GetSynced() {
+			return errSynced
+		}
+		all[r.GetInstance().Id] = r.GetInstance()
+		return nil
+	})
+	if !errors.Is(err, errSynced) {
+		t.Fatal(err)
+	}
+	return all
+}
+
+var errSynced = errors.New("synced")
+
+func wantCode(t *testing.T, err error, code connect.Code) {
+	t.Helper()
+	if connect.CodeOf(err) != code {
+		t.Errorf("got %v, want %s", err, code)
+	}
+}

@@ -1,0 +1,277 @@
+package instance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+)
+
+// reconcileTime bounds one comparison.
+const reconcileTime = 30 * time.Second
+
+// unknownStatus stands for the exit status of a process whose end nobody saw.
+const unknownStatus = 255
+
+// survey is what containerd holds of ours, by Instance.
+type survey struct {
+	sandboxes  map[string][]sandbox
+	containers map[string]containerInfo
+	snapshots  []string
+}
+
+func (e *Engine) survey(ctx context.Context) (*survey, error) {
+	containers, err := e.backend.Containers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	boxes, err := e.backend.Sandboxes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := e.backend.PreparedSnapshots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s := &survey{sandboxes: map[string][]sandbox{}, containers: map[string]containerInfo{}, snapshots: keys}
+	for _, c := range containers {
+		s.containers[c.Labels[labelInstance]] = c
+	}
+	for _, b := range boxes {
+		s.sandboxes[b.Instance] = append(s.sandboxes[b.Instance], b)
+	}
+	return s, nil
+}
+
+// ids are those of all Instances that the survey has seen something of.
+func (s *survey) ids() map[string]bool {
+	ids := map[string]bool{}
+	for id := range s.sandboxes {
+		ids[id] = true
+	}
+	for id := range s.containers {
+		ids[id] = true
+	}
+	return ids
+}
+
+// reconcile makes containerd and the engine agree: the first time by rebuilding the engine's state, later by ending Instances of
+// which something is missing and removing what belongs to none.
+func (e *Engine) reconcile(ctx context.Context) error {
+	bounded, cancel := context.WithTimeout(ctx, reconcileTime)
+	defer cancel()
+	if err := e.backend.Ready(bounded); err != nil {
+		return err
+	}
+	before := e.states()
+	s, err := e.survey(bounded)
+	if err != nil {
+		return err
+	}
+	if e.open() != nil {
+		if err := e.rebuild(bounded, s); err != nil {
+			return err
+		}
+		if err := e.cleanFiles(); err != nil {
+			e.log.Warn("files of former instances not removed", "error", err)
+		}
+		close(e.opened)
+		e.log.Info("state rebuilt", "instances", len(e.all()))
+	} else {
+		e.compare(s, before)
+	}
+	e.removeSnapshots(bounded, s)
+	e.metrics.prepared.Set(float64(e.shelf.count()))
+	if err := e.logs.trim(); err != nil {
+		e.log.Warn("logs not trimmed", "error", err)
+	}
+	return nil
+}
+
+// states returns the state of every Instance.
+func (e *Engine) states() map[string]hearthv1.State {
+	states := map[string]hearthv1.State{}
+	for _, i := range e.all() {
+		i.mu.Lock()
+		states[i.id] = i.state
+		i.mu.Unlock()
+	}
+	return states
+}
+
+// rebuild takes over what a former engine left.
+func (e *Engine) rebuild(ctx context.Context, s *survey) error {
+	var found []*instance
+	for id := range s.ids() {
+		if checkInstanceID(id) != nil {
+			e.log.Error("sandbox or container with a malformed instance label is left alone", "instance", id)
+			continue
+		}
+		i, err := e.adopt(ctx, s, id)
+		if errdefs.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded) {
+			return err // containerd is away again: begin anew rather than discard what may be well
+		}
+		if err != nil {
+			e.log.Warn("instance of a former engine cannot be adopted", "instance", id, "error", err)
+		}
+		found = append(found, i)
+	}
+	for _, i := range found {
+		e.install(i)
+	}
+	return nil
+}
+
+// adopt makes an Instance of what is there: Warm, Serving or, with the reason as error, one that has to be discarded.
+func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, error) {
+	c, claimed := s.containers[id]
+	i := orphan(id, c, claimed)
+	boxes := s.sandboxes[id]
+	if len(boxes) != 1 || !boxes[0].Ready {
+		return i, fmt.Errorf("it has %d sandboxes or one that has ended", len(boxes))
+	}
+	if claimed && (!c.Running || c.Labels[labelServing] == "") {
+		return i, errors.New("its function had not come to serve")
+	}
+	box, err := e.backend.Inspect(ctx, boxes[0].ID)
+	if err != nil {
+		return i, err
+	}
+	if err := e.writeFiles(id, box); err != nil {
+		return i, err
+	}
+	i.sandbox, i.created, i.state = box, box.Created, hearthv1.State_STATE_WARM
+	if !claimed {
+		return i, nil
+	}
+	if i.revision.Port == 0 {
+		return i, errors.New("its labels are not complete")
+	}
+	i.state, i.address = hearthv1.State_STATE_SERVING, i.endpoint().String()
+	i.start = &activation{
+		claim: i.claim, revision: i.revision, trace: newTrace(time.Now()), done: make(chan struct{}), answer: i.proto(e.cfg.Node),
+	}
+	close(i.start.done)
+	return i, nil
+}
+
+// orphan is an Instance of which nothing is known but what its container's labels say. Its state is Draining.
+func orphan(id string, c containerInfo, claimed bool) *instance {
+	i := newInstance(id, hearthv1.State_STATE_DRAINING, time.Now())
+	close(i.warm)
+	if !claimed {
+		return i
+	}
+	epoch, _ := strconv.ParseInt(c.Labels[labelEpoch], 10, 64) // 0 when malformed: the lowest
+	port, _ := strconv.ParseUint(c.Labels[labelPort], 10, 16)
+	cpu, _ := strconv.ParseInt(c.Labels[labelCPU], 10, 64)
+	i.claim = &hearthv1.Claim{Id: c.Labels[labelClaim], Epoch: epoch}
+	i.revision = &hearthv1.Revision{
+		Name: c.Labels[labelRevision], Function: c.Labels[labelFunction], Image: c.Labels[labelImage], Port: int32(port),
+		Resources: &hearthv1.Resources{CpuMillis: cpu},
+	}
+	i.image, i.chainID, i.snapshot = c.Labels[labelImage], c.Labels[labelChain], c.Snapshot
+	return i
+}
+
+// install makes an adopted Instance known, and has it discarded if that is what became of it.
+func (e *Engine) install(i *instance) {
+	e.mu.Lock()
+	e.instances[i.id] = i
+	e.mu.Unlock()
+	if i.snapshot != "" {
+		e.shelf.hold(i.snapshot)
+	}
+	_ = e.admit(max(i.claim.GetEpoch(), 0)) // one that is lower than another's changes nothing
+	i.mu.Lock()
+	state := i.state
+	i.state = hearthv1.State_STATE_UNSPECIFIED
+	e.advance(i, state)
+	i.mu.Unlock()
+	switch state {
+	case hearthv1.State_STATE_DRAINING:
+		e.end(i, hearthv1.State_STATE_DRAINING, 0)
+	case hearthv1.State_STATE_SERVING:
+		e.limitCPU(i.id, i.revision.GetResources().GetCpuMillis())
+	}
+}
+
+// compare looks for what nobody told. before is how things stood before containerd was asked, so that what changed since is not
+// taken for a difference.
+func (e *Engine) compare(s *survey, before map[string]hearthv1.State) {
+	for _, i := range e.all() {
+		i.mu.Lock()
+		state, box := i.state, i.sandbox.ID
+		i.mu.Unlock()
+		if state == before[i.id] && state >= hearthv1.State_STATE_WARM && state < hearthv1.State_STATE_DRAINING {
+			e.compareOne(i, s, state, box)
+		}
+	}
+	for id := range s.ids() {
+		if _, was := before[id]; was || e.live(id) || checkInstanceID(id) != nil {
+			continue
+		}
+		c, claimed := s.containers[id]
+		e.log.Warn("sandbox or container of no instance is removed", "instance", id)
+		e.install(orphan(id, c, claimed))
+	}
+}
+
+// compareOne ends an Instance of which something is missing.
+func (e *Engine) compareOne(i *instance, s *survey, state hearthv1.State, box string) {
+	c, ok := s.containers[i.id]
+	switch {
+	case !alive(s.sandboxes[i.id], box):
+		e.log.Warn("sandbox has gone", "instance", i.id)
+		e.end(i, hearthv1.State_STATE_GONE, 0)
+	case c.Ended, state == hearthv1.State_STATE_SERVING && !(ok && c.Running):
+		e.processEnded(i, unknownStatus)
+	}
+}
+
+// alive tells whether a sandbox is among those that were found, and ready.
+func alive(found []sandbox, id string) bool {
+	for _, s := range found {
+		if s.ID == id {
+			return s.Ready
+		}
+	}
+	return false
+}
+
+// removeSnapshots removes prepared snapshots that are on nobody's list: those of a former engine.
+func (e *Engine) removeSnapshots(ctx context.Context, s *survey) {
+	for _, key := range s.snapshots {
+		if e.shelf.knows(key) {
+			continue
+		}
+		if err := e.backend.RemoveSnapshot(ctx, key); err != nil {
+			e.log.Warn("snapshot of a former engine not removed", "key", key, "error", err)
+		}
+	}
+}
+
+// cleanFiles removes the directories of Instances that are not there any more.
+func (e *Engine) cleanFiles() error {
+	entries, err := os.ReadDir(e.filesRoot())
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, d := range entries {
+		if !e.live(d.Name()) {
+			if err := os.RemoveAll(e.filesOf(d.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

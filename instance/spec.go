@@ -1,0 +1,143 @@
+package instance
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/containerd/v2/contrib/seccomp"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/oci"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+)
+
+// oomScore makes a Function's process a likelier victim of the kernel than the shim and the daemons. It only ever raises the
+// score, which needs no privilege.
+const oomScore = 500
+
+// spec describes the Function's container: the pod's network, IPC and host name, everything else its own, and the restrictions
+// that the CRI gives an ordinary container, plus no new privileges.
+func (e *Engine) spec(ctx context.Context, id string, box sandbox, img *image, root rootfs, r *hearthv1.Revision) (*specs.Spec, error) {
+	// containerd's own defaults: capabilities, mounts, masked and read-only paths, devices. They depend on nothing but the name.
+	ctx = namespaces.WithNamespace(ctx, e.cfg.Namespace)
+	s, err := oci.GenerateSpec(ctx, nil, &containers.Container{ID: containerID(id)})
+	if err != nil {
+		return nil, fmt.Errorf("spec of instance %s: %w", id, err)
+	}
+	args, err := command(img.Config, r)
+	if err != nil {
+		return nil, err
+	}
+	score := oomScore
+	s.Root = &specs.Root{Path: "rootfs"}
+	s.Process.Args = args
+	s.Process.Env = environment(img.Config.Env, r, id)
+	s.Process.Cwd = workdir(img.Config.WorkingDir)
+	s.Process.User = root.User
+	s.Process.NoNewPrivileges = true
+	s.Process.OOMScoreAdj = &score
+	s.Process.Rlimits = nil // the shim's, as with the CRI
+	if root.User.UID != 0 {
+		s.Process.Capabilities.Effective, s.Process.Capabilities.Permitted = nil, nil
+	}
+	s.Mounts = append(s.Mounts, e.mounts(id, r.GetResources())...)
+	s.Linux.CgroupsPath = e.cgroups.function(id)
+	s.Linux.Namespaces = []specs.LinuxNamespace{
+		{Type: specs.PIDNamespace},
+		{Type: specs.MountNamespace},
+		{Type: specs.NetworkNamespace, Path: namespacePath(box.Pid, "net")},
+		{Type: specs.IPCNamespace, Path: namespacePath(box.Pid, "ipc")},
+		{Type: specs.UTSNamespace, Path: namespacePath(box.Pid, "uts")},
+	}
+	if e.cgroups.unified() {
+		s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
+	}
+	limit(s.Linux, r.GetResources())
+	s.Linux.Seccomp = seccomp.DefaultProfile(s)
+	return s, nil
+}
+
+// command is what the container runs, by the rules of Kubernetes: a command replaces both the image's entrypoint and its
+// arguments, arguments replace the image's arguments only.
+func command(img ocispec.ImageConfig, r *hearthv1.Revision) ([]string, error) {
+	args := slices.Concat(r.Command, r.Args)
+	switch {
+	case len(r.Command) > 0:
+	case len(r.Args) > 0:
+		args = slices.Concat(img.Entrypoint, r.Args)
+	default:
+		args = slices.Concat(img.Entrypoint, img.Cmd)
+	}
+	if len(args) == 0 {
+		return nil, invalid("image of %s has no entrypoint and the function names no command", r.Function)
+	}
+	return args, nil
+}
+
+// environment is the image's, then what Hearth says, then the Function's own, later ones winning.
+func environment(img []string, r *hearthv1.Revision, id string) []string {
+	env := map[string]string{
+		"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+	}
+	for _, entry := range img {
+		if k, v, ok := strings.Cut(entry, "="); ok && k != "" {
+			env[k] = v
+		}
+	}
+	env["HOSTNAME"] = id
+	maps.Copy(env, r.Env)
+	env["PORT"] = strconv.Itoa(int(r.Port)) // the engine waits on this one, whatever else is said
+	list := make([]string, 0, len(env))
+	for _, k := range slices.Sorted(maps.Keys(env)) {
+		list = append(list, k+"="+env[k])
+	}
+	return list
+}
+
+func workdir(img string) string {
+	if !filepath.IsAbs(img) {
+		return "/" + img
+	}
+	return filepath.Clean(img)
+}
+
+// mounts are the Instance's own files, and the container's view of its cgroup, from which a JVM for example learns its limits.
+// Of cgroup v1 that view is some twenty mounts, so that a container without limits, which has nothing to learn, goes without.
+func (e *Engine) mounts(id string, r *hearthv1.Resources) []specs.Mount {
+	var list []specs.Mount
+	if r.GetMemoryBytes() > 0 || r.GetCpuMillis() > 0 || e.cgroups.unified() {
+		list = append(list, specs.Mount{
+			Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup",
+			Options: []string{"nosuid", "noexec", "nodev", "relatime", "ro"},
+		})
+	}
+	for _, name := range []string{fileHosts, fileHostname, fileResolvConf} {
+		list = append(list, specs.Mount{
+			Destination: "/etc/" + name, Type: "bind", Source: filepath.Join(e.filesOf(id), name),
+			Options: []string{"rbind", "rprivate", "rw"},
+		})
+	}
+	return list
+}
+
+// limit sets the memory limit and the share of CPU under contention. The CPU limit comes when the Function serves: see limitCPU.
+func limit(l *specs.Linux, r *hearthv1.Resources) {
+	if l.Resources == nil {
+		l.Resources = &specs.LinuxResources{}
+	}
+	if bytes := r.GetMemoryBytes(); bytes > 0 {
+		l.Resources.Memory = &specs.LinuxMemory{Limit: &bytes}
+	}
+	if millis := r.GetCpuMillis(); millis > 0 {
+		shares := uint64(max(millis*1024/1000, 2)) // the kernel takes no less than 2
+		l.Resources.CPU = &specs.LinuxCPU{Shares: &shares}
+	}
+}
