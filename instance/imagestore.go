@@ -52,13 +52,21 @@ func (n *node) Pull(ctx context.Context, ref string) error {
 			return fmt.Errorf("credentials for image %s: %w", ref, err)
 		}
 		if user != "" || secret != "" {
-			request.Auth = &cri.AuthConfig{Username: user, Password: secret}
+			request.Auth = authOf(user, secret)
 		}
 	}
 	if _, err := n.image.PullImage(ctx, request); err != nil {
 		return fmt.Errorf("pull image %s: %w", ref, errgrpc.ToNative(err))
 	}
 	return nil
+}
+
+// authOf is a credential in the CRI's words, where an identity token has a field of its own.
+func authOf(user, secret string) *cri.AuthConfig {
+	if user == "" {
+		return &cri.AuthConfig{IdentityToken: secret}
+	}
+	return &cri.AuthConfig{Username: user, Password: secret}
 }
 
 // RemoveImage implements images. containerd answers when its garbage collection has run.

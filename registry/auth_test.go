@@ -256,3 +256,31 @@ func TestErrorsHideSignedURLs(t *testing.T) {
 		}
 	})
 }
+
+func TestCredentialsForOthers(t *testing.T) {
+	dir := t.TempDir()
+	config := filepath.Join(dir, "config.json")
+	basic := base64.StdEncoding.EncodeToString([]byte("alice:s3cret"))
+	text := `{"auths":{"registry.test:5000":{"auth":"` + basic + `"},"token.test":{"identitytoken":"t0ken"}}}`
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := registry.New(registry.Config{DockerConfig: config})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for ref, want := range map[string][2]string{
+		"registry.test:5000/a/b:1": {"alice", "s3cret"},
+		"token.test/a:1":           {"", "t0ken"},
+		"other.test/a:1":           {"", ""},
+	} {
+		user, secret, err := c.Credentials(t.Context(), ref)
+		if err != nil || user != want[0] || secret != want[1] {
+			t.Errorf("%s: %q, %q, %v; want %q", ref, user, secret, err, want)
+		}
+	}
+	if _, _, err := c.Credentials(t.Context(), "NOT A REF"); err == nil {
+		t.Error("a reference that is none was taken")
+	}
+}

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	distref "github.com/distribution/reference"
 )
 
 const (
@@ -60,6 +62,17 @@ func newKeychain(path string) (*keychain, error) {
 		return &keychain{filepath.Join(home, ".docker", "config.json")}, nil
 	}
 	return &keychain{}, nil
+}
+
+// Credentials finds what an image's registry wants to know of the caller, for others who pull from it too. An empty user means
+// that the secret is an identity token; both empty means that there is nothing to tell.
+func (c *Client) Credentials(ctx context.Context, ref string) (user, secret string, err error) {
+	named, err := distref.ParseDockerRef(ref)
+	if err != nil {
+		return "", "", fmt.Errorf("image reference %q: %w", ref, err)
+	}
+	cred, err := c.creds.lookup(ctx, distref.Domain(named))
+	return cred.user, cred.secret, err
 }
 
 // lookup returns the credential for a registry host (host[:port]).

@@ -24,14 +24,11 @@ import (
 	"github.com/hearth-serverless/hearth/snapshotter"
 )
 
-const maxRequestBytes = 4 << 20 // bounds one request
-
 // options are what the flags say.
 type options struct {
 	node, root, socket, containerd, cgroup, snapshotterRoot, snapshotterSocket, hostsDir, dockerConfig string
-
-	memory int64
-	limits layer.Limits
+	memory                                                                                             int64
+	limits                                                                                             layer.Limits
 }
 
 func main() {
@@ -64,14 +61,15 @@ func (o *options) flags(f *pflag.FlagSet) {
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	debug.SetMemoryLimit(o.memory + 64<<20) // garbage gives way before the node's memory does
-	snaps, err := o.snapshotter(rt)
+	snaps, blobs, err := o.snapshotter(rt)
 	if err != nil {
 		return err
 	}
 	config := instance.Config{
 		Node: o.node, Root: o.root, Address: o.containerd, CgroupParent: o.cgroup,
-		Phases: func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) },
-		Logger: rt.Log, Registerer: rt.Registry,
+		Credentials: blobs.Credentials,
+		Phases:      func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) },
+		Logger:      rt.Log, Registerer: rt.Registry,
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	if listens, err := bpf.NewListenWatcher(rt.Log); err != nil {
@@ -90,7 +88,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 		return errors.Join(err, snaps.Close())
 	}
 	mux := http.NewServeMux()
-	mux.Handle(hearthv1connect.NewNodeServiceHandler(engine, connect.WithReadMaxBytes(maxRequestBytes)))
+	mux.Handle(hearthv1connect.NewNodeServiceHandler(engine, connect.WithReadMaxBytes(4<<20)))
 	group.Go(func() error { return o.serveSnapshots(ctx, snaps) })
 	group.Go(func() error { return engine.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.socket, mux) })
@@ -98,18 +96,19 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	return group.Wait()
 }
 
-func (o *options) snapshotter(rt *daemon.Runtime) (*snapshotter.Snapshotter, error) {
+func (o *options) snapshotter(rt *daemon.Runtime) (*snapshotter.Snapshotter, *registry.Client, error) {
 	blobs, err := registry.New(registry.Config{
 		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry,
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	layers, err := layer.New(layer.Config{Limits: o.limits, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return snapshotter.New(snapshotter.Config{Root: o.snapshotterRoot, Registry: blobs, Layers: layers, Logger: rt.Log, Registerer: rt.Registry})
+	s, err := snapshotter.New(snapshotter.Config{Root: o.snapshotterRoot, Registry: blobs, Layers: layers, Logger: rt.Log, Registerer: rt.Registry})
+	return s, blobs, err
 }
 
 // serveSnapshots serves containerd until ctx is done.
