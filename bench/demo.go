@@ -30,7 +30,7 @@ func demoSuite(ctx context.Context, o *Options, r *Report) error {
 
 // waterfall draws one more cold start, traced by every daemon on its way.
 func (s *starter) waterfall(ctx context.Context) error {
-	if err := s.stack.reset(ctx, s.function, true); err != nil {
+	if err := s.reset(ctx, true); err != nil {
 		return err
 	}
 	client := newClient()

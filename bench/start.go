@@ -71,6 +71,9 @@ func withStarter(ctx context.Context, o *Options, r *Report, run func(*starter) 
 func (s *starter) round(ctx context.Context, round int) error {
 	kinds := []func(context.Context) error{s.process, s.sandbox, s.cold}
 	for i := range kinds {
+		if err := s.stack.rest(ctx); err != nil {
+			return err
+		}
 		if err := kinds[(i+round)%len(kinds)](ctx); err != nil {
 			return err
 		}
@@ -90,7 +93,7 @@ func (s *starter) process(ctx context.Context) error {
 }
 
 func (s *starter) sandbox(ctx context.Context) error {
-	if err := s.stack.reset(ctx, s.function, false); err != nil {
+	if err := s.reset(ctx, false); err != nil {
 		return err
 	}
 	took, err := s.first(ctx)
@@ -103,7 +106,7 @@ func (s *starter) sandbox(ctx context.Context) error {
 }
 
 func (s *starter) cold(ctx context.Context) error {
-	if err := s.stack.reset(ctx, s.function, true); err != nil {
+	if err := s.reset(ctx, true); err != nil {
 		return err
 	}
 	took, err := s.first(ctx)
@@ -113,6 +116,11 @@ func (s *starter) cold(ctx context.Context) error {
 	s.add("cold", "hearth", took)
 	s.o.say("cold     %6.0f ms  image absent", ms(took))
 	return nil
+}
+
+// reset takes the Function back to where a start of its kind begins, on a machine at rest.
+func (s *starter) reset(ctx context.Context, forget bool) error {
+	return errors.Join(s.stack.reset(ctx, s.function, forget), s.stack.rest(ctx))
 }
 
 // first asks the gateway, over a new connection.
