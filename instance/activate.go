@@ -137,9 +137,15 @@ func (e *Engine) endActivation(i *instance, a *activation, err error) {
 	e.afterServing(i, a)
 }
 
+// afterDelay leaves the cores to the answer and to the Function's first request.
+const afterDelay = 25 * time.Millisecond
+
 // afterServing is what can wait until the answer is on its way.
 func (e *Engine) afterServing(i *instance, a *activation) {
 	e.spawn(func(ctx context.Context) {
+		if !sleep(ctx, afterDelay) {
+			return
+		}
 		ctx, cancel := context.WithTimeout(ctx, createTime)
 		defer cancel()
 		for delay := 100 * time.Millisecond; ; delay = min(2*delay, 5*time.Second) {
