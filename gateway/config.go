@@ -23,6 +23,7 @@ const (
 	defaultQueue       = 1000
 	defaultTimeout     = 60 * time.Second
 
+	firstWordTime  = 2 * time.Second  // for poolmanager to tell of its functions, before requests are taken
 	headerTime     = 10 * time.Second // for a client to send a request's header
 	idleTime       = 2 * time.Minute  // of a client's connection
 	maxHeaderBytes = 64 << 10

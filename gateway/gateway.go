@@ -83,7 +83,10 @@ func (g *Gateway) serve(ctx context.Context, l net.Listener) error {
 		BaseContext: func(net.Listener) context.Context { return base },
 	}
 	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(l) }()
+	go func() {
+		g.awaitFirstWord(ctx)
+		failed <- server.Serve(l)
+	}()
 	select {
 	case err := <-failed:
 		cutOff()
@@ -107,6 +110,18 @@ func (g *Gateway) serve(ctx context.Context, l net.Listener) error {
 	_ = server.Close()
 	<-g.idle()
 	return fmt.Errorf("drain: requests were still in flight after %s and have been cut off", g.config.DrainTime)
+}
+
+// awaitFirstWord waits a little for poolmanager to tell of its Functions. Until then connections wait in the kernel, which bounds
+// them, instead of being told that no Function is known: a gateway that is started again is soon what it was.
+func (g *Gateway) awaitFirstWord(ctx context.Context) {
+	late := time.NewTimer(firstWordTime)
+	defer late.Stop()
+	select {
+	case <-g.Synced():
+	case <-late.C:
+	case <-ctx.Done():
+	}
 }
 
 // idle is closed when no request is here. It must not be called while new ones may come in.

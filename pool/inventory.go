@@ -127,6 +127,12 @@ func (m *Manager) observe(now time.Time, n *node, session int, said *hearthv1.In
 		i.refused, i.limbo = false, false
 	}
 	if said.GetState() < i.state {
+		if fresh && i.state == hearthv1.State_STATE_CLAIMED {
+			i.until = now // the node has restarted and knows nothing of the claim: it comes to nothing
+			if a := m.waiter(i); a != nil {
+				a.next = now
+			}
+		}
 		return
 	}
 	m.merge(now, i, said)

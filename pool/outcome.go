@@ -44,7 +44,7 @@ func (m *Manager) activated(now time.Time, n *node, a *allocation, i *instance, 
 		m.again(now, a, err)
 		// The stream may tell within moments that the claim took effect; if it has, that is what to wait for.
 		switch {
-		case i.state == hearthv1.State_STATE_CLAIMED && i.claim.GetId() == req.GetClaim().GetId() && n.synced:
+		case i.state == hearthv1.State_STATE_CLAIMED && i.claim.GetId() == req.GetClaim().GetId() && n.synced && now.Before(i.until):
 			a.next = a.deadline
 		case a.next.Before(now.Add(retryFirst)):
 			a.next = now.Add(retryFirst)

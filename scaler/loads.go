@@ -12,6 +12,9 @@ const (
 	// lateAfter: a gateway that reports each second and has been silent for this long is missing. Its part of every Function is
 	// then not covered.
 	lateAfter = 3500 * time.Millisecond
+	// dueAfter: up to here since its last report, a gateway has nothing to say yet. That time is not missing, or a window of a few
+	// seconds would never be covered.
+	dueAfter = 1500 * time.Millisecond
 	// forgetAfter: a gateway that has been silent for this long is gone, and holds no scale any more.
 	forgetAfter = time.Minute
 
@@ -141,8 +144,11 @@ func (ls *loads) observe(now time.Time, function string) Observation {
 			continue
 		}
 		s := l.window.summary(now)
-		if now.Sub(g.seen) > lateAfter {
+		switch quiet := now.Sub(g.seen); {
+		case quiet > lateAfter:
 			s.covered = 0
+		case quiet <= dueAfter:
+			s.covered = min(1, s.covered+quiet.Seconds()/l.window.Width().Seconds())
 		}
 		o.Covered = min(o.Covered, s.covered)
 		o.Average, o.Recent, o.Peak, o.Now = o.Average+s.average, o.Recent+s.recent, o.Peak+s.peak, o.Now+l.now

@@ -1,0 +1,215 @@
+package stack_test
+
+import (
+	"context"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/stack"
+)
+
+// killings is how often nodeagent is killed in the middle of a claim. The supervisor's pauses grow with each.
+const killings = 5
+
+// TestKilled kills each daemon as a crash would. Requests to a running Instance notice nothing, unless it was the gateway; soon
+// everything serves again; no Instance was claimed twice, and nothing of what was broken off is left.
+func TestKilled(t *testing.T) {
+	d := start(t)
+	image := d.pushGo(t)
+	big := push(t, d.status.Registry, "big", withLayers(t, goImage(t), bigLayer(t, 1)))
+	d.mustDeploy(t, "steady", image, func(s *hearthv1.FunctionSpec) { s.Scaling.Min = 1 })
+	d.mustDeploy(t, "rest", image)
+	d.web.answersBy(t, "steady", time.Now().Add(longStart))
+	d.settles(t)
+	history := d.watchClaims()
+	t.Cleanup(history.stop)
+
+	t.Run("gateway", func(t *testing.T) { d.whileServing(t, true, func(t *testing.T) { d.kill(t, "gateway") }) })
+	t.Run("poolmanager", func(t *testing.T) { d.whileServing(t, false, func(t *testing.T) { d.kill(t, "poolmanager") }) })
+	t.Run("containerd", func(t *testing.T) { d.whileServing(t, false, func(t *testing.T) { d.kill(t, "containerd") }) })
+	t.Run("nodeagent in mid-pull", func(t *testing.T) {
+		d.whileServing(t, false, func(t *testing.T) { d.killInMidPull(t, big) })
+		d.toZero(t, "big")
+		d.settles(t)
+	})
+	for range killings {
+		t.Run("nodeagent in mid-claim", func(t *testing.T) { d.whileServing(t, false, d.killInMidClaim) })
+	}
+	history.check(t)
+}
+
+// whileServing does harm while a Function that runs is asked all the time, and checks that all is well again soon.
+func (d *deployment) whileServing(t *testing.T, mayBreak bool, harm func(t *testing.T)) {
+	busy := d.web.traffic("steady")
+	defer busy.stop()
+	harm(t)
+	end := time.Now().Add(recovery)
+	d.web.answersBy(t, "steady", end)
+	d.web.answersBy(t, "rest", end)
+	d.readyBy(t, end)
+	d.toZero(t, "rest")
+	d.web.answersBy(t, "rest", end) // from zero, whatever the answer before came from
+	busy.check(t, mayBreak)
+	d.toZero(t, "rest")
+	d.settles(t)
+}
+
+// readyBy waits until every daemon says that it is ready.
+func (d *deployment) readyBy(t *testing.T, end time.Time) {
+	t.Helper()
+	ctx, cancel := context.WithDeadline(t.Context(), end)
+	defer cancel()
+	for {
+		s, err := stack.Inspect(ctx, d.config.Run)
+		if err == nil && !slices.ContainsFunc(s.Daemons, func(each stack.Daemon) bool { return !each.Ready }) {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("not every daemon is ready in time: %+v %v", s, err)
+		}
+		nap(ctx, 20*time.Millisecond)
+	}
+}
+
+// kill ends a daemon with SIGKILL.
+func (d *deployment) kill(t *testing.T, name string) {
+	t.Helper()
+	pid := d.pid(t, name)
+	if pid == 0 {
+		t.Fatalf("%s does not run", name)
+	}
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Fatalf("kill %s: %v", name, err)
+	}
+}
+
+// killInMidPull kills nodeagent when a layer of an image is being unpacked for a request that waits.
+func (d *deployment) killInMidPull(t *testing.T, image string) {
+	if err := d.deploy(t, "big", image, false); err != nil {
+		t.Fatal(err)
+	}
+	asked := d.askAside(t, "big")
+	for end := time.Now().Add(longStart); ; time.Sleep(time.Millisecond) {
+		staged, err := os.ReadDir(d.snapshotterDir("staging"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(staged) > 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("no pull has begun")
+		}
+	}
+	time.Sleep(time.Duration(rand.IntN(100)) * time.Millisecond)
+	select {
+	case err := <-asked:
+		t.Fatalf("the request ended before anything was killed: %v", err)
+	default:
+	}
+	d.kill(t, "nodeagent")
+	end := time.Now().Add(recovery)
+	d.web.answersBy(t, "big", end)
+	select {
+	case err := <-asked:
+		t.Logf("the request that waited for the pull: %v", err)
+	case <-time.After(time.Until(end)):
+		t.Errorf("the request that waited for the pull has no answer within %v", recovery)
+	}
+}
+
+// killInMidClaim kills nodeagent some moment after a request needs a new Instance.
+func (d *deployment) killInMidClaim(t *testing.T) {
+	after := time.Duration(rand.IntN(300)) * time.Millisecond
+	asked := d.askAside(t, "rest")
+	time.Sleep(after)
+	d.kill(t, "nodeagent")
+	t.Logf("killed after %v", after)
+	t.Cleanup(func() { t.Logf("the request under way: %v", <-asked) })
+}
+
+// askAside asks a Function and goes on. What becomes of that request is for the log: it may have been lost with the daemon.
+func (d *deployment) askAside(t *testing.T, function string) <-chan error {
+	asked := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), longStart)
+	go func() {
+		defer cancel()
+		asked <- d.web.ask(ctx, function)
+	}()
+	return asked
+}
+
+// claims is a history of who was claimed for what.
+type claims struct {
+	stop func()
+
+	mu sync.Mutex // guards what follows
+	// byInstance and byClaim have, for each, all that it was seen with.
+	byInstance, byClaim map[string]map[string]bool
+}
+
+// watchClaims looks at all Instances many times a second, until it is stopped.
+func (d *deployment) watchClaims() *claims {
+	ctx, cancel := context.WithCancel(context.Background())
+	c := &claims{byInstance: map[string]map[string]bool{}, byClaim: map[string]map[string]bool{}}
+	var work sync.WaitGroup
+	work.Go(func() {
+		for ctx.Err() == nil {
+			list, err := d.instances(ctx, "")
+			if err == nil {
+				c.note(list)
+			}
+			nap(ctx, 10*time.Millisecond)
+		}
+	})
+	c.stop = sync.OnceFunc(func() {
+		cancel()
+		work.Wait()
+	})
+	return c
+}
+
+func (c *claims) note(list []*hearthv1.Instance) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, i := range list {
+		if i.GetState() < hearthv1.State_STATE_CLAIMED || i.GetClaim().GetId() == "" {
+			continue
+		}
+		add(c.byInstance, i.GetId(), i.GetClaim().GetId()+" for "+i.GetFunction())
+		add(c.byClaim, i.GetClaim().GetId(), i.GetId())
+	}
+}
+
+func add(m map[string]map[string]bool, key, value string) {
+	if m[key] == nil {
+		m[key] = map[string]bool{}
+	}
+	m[key][value] = true
+}
+
+// check says what was claimed twice.
+func (c *claims) check(t *testing.T) {
+	t.Helper()
+	c.stop()
+	if len(c.byInstance) < 2 {
+		t.Errorf("only %d claims were seen", len(c.byInstance))
+	}
+	for id, seen := range c.byInstance {
+		if len(seen) > 1 {
+			t.Errorf("instance %s was claimed more than once: %v", id, seen)
+		}
+	}
+	for id, seen := range c.byClaim {
+		if len(seen) > 1 {
+			t.Errorf("claim %s had more than one instance: %v", id, seen)
+		}
+	}
+}
