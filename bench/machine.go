@@ -1,11 +1,13 @@
 package bench
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"runtime"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,6 +39,53 @@ func ThisMachine() Machine {
 // String is the line above a table.
 func (m Machine) String() string {
 	return fmt.Sprintf("%d cores (%s), %d GiB, Linux %s, %s, %s", m.Cores, m.CPU, (m.MemoryBytes+1<<29)>>30, m.Kernel, m.OS, m.Go)
+}
+
+// rest waits until the machine has little to do, so that a sample does not pay for what the one before it left behind: files,
+// namespaces and cgroups are deleted by the kernel long after their deletion was asked for. A machine that others keep busy is
+// waited for in vain, and not for long.
+func rest(ctx context.Context) error {
+	const window, patience, little = 200 * time.Millisecond, 5 * time.Second, 0.1
+	before, err := cpuTimes()
+	for end := time.Now().Add(patience); err == nil && time.Now().Before(end); {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(window):
+		}
+		var now cpuTicks
+		if now, err = cpuTimes(); err == nil && float64(now.busy-before.busy) <= little*float64(now.all-before.all) {
+			return nil
+		}
+		before = now
+	}
+	return err
+}
+
+// cpuTicks that all cores have spent since the machine started.
+type cpuTicks struct{ busy, all int64 }
+
+func cpuTimes() (t cpuTicks, err error) {
+	data, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return t, fmt.Errorf("read the machine's load: %w", err)
+	}
+	first, _, _ := strings.Cut(string(data), "\n")
+	const idle, ioWait = 4, 5
+	for i, field := range strings.Fields(first) {
+		if i == 0 {
+			continue // its name
+		}
+		n, err := strconv.ParseInt(field, 10, 64)
+		if err != nil {
+			return t, fmt.Errorf("read the machine's load: %w", err)
+		}
+		t.all += n
+		if i != idle && i != ioWait {
+			t.busy += n
+		}
+	}
+	return t, nil
 }
 
 // field is the first value of a key in a file of KEY SEPARATOR VALUE lines.

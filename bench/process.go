@@ -1,7 +1,6 @@
 package bench
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -82,28 +81,6 @@ func peakRSS(pid int) (float64, error) {
 		return 0, fmt.Errorf("read the peak memory of process %d: %w", pid, err)
 	}
 	return kib * 1024, nil
-}
-
-// cpuTime is what a process has used since it started.
-func cpuTime(pid int) (time.Duration, error) {
-	const ticksPerSecond = 100 // USER_HZ, the same on all Linux systems that Go runs on
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, fmt.Errorf("read the CPU time of process %d: %w", pid, err)
-	}
-	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	if len(fields) < 13 {
-		return 0, fmt.Errorf("read the CPU time of process %d: %q", pid, data)
-	}
-	var ticks int64
-	for _, field := range fields[11:13] { // user and system time
-		n, err := strconv.ParseInt(field, 10, 64)
-		if err != nil {
-			return 0, fmt.Errorf("read the CPU time of process %d: %w", pid, err)
-		}
-		ticks += n
-	}
-	return time.Duration(ticks) * time.Second / ticksPerSecond, nil
 }
 
 // tail is the end of a log, for an error message.

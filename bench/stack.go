@@ -142,45 +142,6 @@ func (s *machineStack) reset(ctx context.Context, function string, forget bool) 
 	}
 }
 
-// rest waits until the daemons have nothing to do, so that a sample does not pay for what the one before it left behind, such
-// as the deletion of its files.
-func (s *machineStack) rest(ctx context.Context) error {
-	const window, idle = 200 * time.Millisecond, 10 * time.Millisecond
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	for before := time.Duration(-1); ; {
-		now, err := s.cpuTime()
-		if err != nil {
-			return err
-		}
-		if before >= 0 && now-before < idle {
-			return nil
-		}
-		before = now
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("await the daemons' rest: %w", ctx.Err())
-		case <-time.After(window):
-		}
-	}
-}
-
-// cpuTime that all daemons have used since they started.
-func (s *machineStack) cpuTime() (total time.Duration, err error) {
-	st, err := stack.ReadStatus(s.status.Run)
-	if err != nil {
-		return 0, err
-	}
-	for _, d := range st.Daemons {
-		used, err := cpuTime(d.PID)
-		if err != nil {
-			return 0, err
-		}
-		total += used
-	}
-	return total, nil
-}
-
 // prepare has the image on the node again, as a deploy does.
 func (s *machineStack) prepare(ctx context.Context, function string) error {
 	got, err := s.functions.Get(ctx, connect.NewRequest(&hearthv1.GetRequest{Name: function}))

@@ -71,7 +71,7 @@ func withStarter(ctx context.Context, o *Options, r *Report, run func(*starter) 
 func (s *starter) round(ctx context.Context, round int) error {
 	kinds := []func(context.Context) error{s.process, s.sandbox, s.cold}
 	for i := range kinds {
-		if err := s.stack.rest(ctx); err != nil {
+		if err := rest(ctx); err != nil {
 			return err
 		}
 		if err := kinds[(i+round)%len(kinds)](ctx); err != nil {
@@ -120,7 +120,7 @@ func (s *starter) cold(ctx context.Context) error {
 
 // reset takes the Function back to where a start of its kind begins, on a machine at rest.
 func (s *starter) reset(ctx context.Context, forget bool) error {
-	return errors.Join(s.stack.reset(ctx, s.function, forget), s.stack.rest(ctx))
+	return errors.Join(s.stack.reset(ctx, s.function, forget), rest(ctx))
 }
 
 // first asks the gateway, over a new connection.

@@ -10,7 +10,7 @@ import (
 // How a child that ended is started again.
 const (
 	firstBackoff = 100 * time.Millisecond
-	lastBackoff  = 5 * time.Second
+	lastBackoff  = 2 * time.Second
 	healthyTime  = 10 * time.Second // a child that lived this long begins anew with firstBackoff
 )
 
