@@ -12,13 +12,11 @@ import (
 // keyring is where Debian and Ubuntu keep Debian's keys, and where the image has them too.
 const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-// debianSources returns the lines of sources.list for a suite of Debian and its security updates. They use the mirrors
-// that the machine itself is set up with in etc, its /etc/apt, and Debian's own where it is set up with none of them.
+// debianSources returns the lines of sources.list for a suite of Debian and its security updates, with the mirrors that the
+// machine itself is set up with in etc, its /etc/apt. Where it is set up with none for the suite there are no lines: mmdebstrap
+// knows Debian's own.
 func debianSources(etc fs.FS, suite string) (string, error) {
-	mirrors := map[string]string{
-		suite:               "http://deb.debian.org/debian",
-		suite + "-security": "http://deb.debian.org/debian-security",
-	}
+	mirrors := map[string]string{suite: "", suite + "-security": ""}
 	files := []string{"sources.list"}
 	for _, pattern := range []string{"sources.list.d/*.list", "sources.list.d/*.sources"} {
 		more, err := fs.Glob(etc, pattern)
@@ -47,6 +45,9 @@ func debianSources(etc fs.FS, suite string) (string, error) {
 	}
 	var lines strings.Builder
 	for _, s := range []string{suite, suite + "-security"} {
+		if mirrors[suite] == "" || mirrors[s] == "" {
+			continue
+		}
 		fmt.Fprintf(&lines, "deb [signed-by=%s] %s %s main\n", keyring, mirrors[s], s)
 	}
 	return lines.String(), nil

@@ -7,22 +7,22 @@ import (
 )
 
 func TestDebianSources(t *testing.T) {
-	const own, security = "http://deb.debian.org/debian", "http://deb.debian.org/debian-security"
+	const none = ""
 	for _, test := range []struct {
 		name, file, text string
 		main, security   string
 	}{
-		{"nothing", "sources.list.d/empty.list", "", own, security},
-		{"one line", "sources.list", "deb http://near.example/debian bookworm main contrib\n", "http://near.example/debian", security},
-		{"options", "sources.list.d/a.list", "# a\ndeb [arch=amd64 signed-by=/k] https://near.example/d bookworm-security main # b", own, "https://near.example/d"},
-		{"another suite", "sources.list", "deb http://near.example/ubuntu noble main\n", own, security},
-		{"another component", "sources.list", "deb http://near.example/debian bookworm contrib\n", own, security},
-		{"sources only", "sources.list", "deb-src http://near.example/debian bookworm main\n", own, security},
-		{"local", "sources.list", "deb cdrom:[Debian]/ bookworm main\n", own, security},
+		{"nothing", "sources.list.d/empty.list", "", none, none},
+		{"one line", "sources.list", "deb http://near.example/debian bookworm main contrib\n", "http://near.example/debian", none},
+		{"options", "sources.list.d/a.list", "# a\ndeb [arch=amd64 signed-by=/k] https://near.example/d bookworm-security main # b", none, none},
+		{"another suite", "sources.list", "deb http://near.example/ubuntu noble main\n", none, none},
+		{"another component", "sources.list", "deb http://near.example/debian bookworm contrib\n", none, none},
+		{"sources only", "sources.list", "deb-src http://near.example/debian bookworm main\n", none, none},
+		{"local", "sources.list", "deb cdrom:[Debian]/ bookworm main\n", none, none},
 		{"stanzas", "sources.list.d/debian.sources", "Types: deb\n# c\nURIs: http://near.example/d\nSuites: bookworm bookworm-updates\nComponents: main\n\n" +
 			"Types: deb\nURIs: http://near.example/s\nSuites: bookworm-security\nComponents: main\nSigned-By:\n -----BEGIN\n Version: 1\n", "http://near.example/d", "http://near.example/s"},
-		{"disabled", "sources.list.d/debian.sources", "Types: deb\nEnabled: no\nURIs: http://near.example/d\nSuites: bookworm\nComponents: main\n", own, security},
-		{"not for apt", "sources.list.d/debian.sources.save", "Types: deb\nURIs: http://near.example/d\nSuites: bookworm\nComponents: main\n", own, security},
+		{"disabled", "sources.list.d/debian.sources", "Types: deb\nEnabled: no\nURIs: http://near.example/d\nSuites: bookworm\nComponents: main\n", none, none},
+		{"not for apt", "sources.list.d/debian.sources.save", "Types: deb\nURIs: http://near.example/d\nSuites: bookworm\nComponents: main\n", none, none},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got, err := debianSources(fstest.MapFS{test.file: {Data: []byte(test.text)}}, "bookworm")
@@ -30,7 +30,13 @@ func TestDebianSources(t *testing.T) {
 				t.Fatal(err)
 			}
 			signed := "deb [signed-by=" + keyring + "] "
-			want := signed + test.main + " bookworm main\n" + signed + test.security + " bookworm-security main\n"
+			want := ""
+			if test.main != none {
+				want += signed + test.main + " bookworm main\n"
+			}
+			if test.security != none {
+				want += signed + test.security + " bookworm-security main\n"
+			}
 			if got != want {
 				t.Errorf("got\n%swant\n%s", got, want)
 			}
@@ -44,7 +50,7 @@ func FuzzDebianSources(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		for _, file := range []string{"sources.list", "sources.list.d/x.sources"} {
 			got, err := debianSources(fstest.MapFS{file: {Data: []byte(text)}}, "bookworm")
-			if err != nil || strings.Count(got, "\n") != 2 {
+			if err != nil || strings.Count(got, "\n") > 2 || got != "" && !strings.HasPrefix(got, "deb [signed-by=") {
 				t.Errorf("%s: %q, %v", file, got, err)
 			}
 		}
