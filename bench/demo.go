@@ -17,7 +17,7 @@ func demoSuite(ctx context.Context, o *Options, r *Report) error {
 	return withStarter(ctx, o, r, func(s *starter) error {
 		o.say("starting %s %d times cold and from the pool; beside it the bare process", s.function, demoRounds)
 		for round := range demoRounds {
-			if err := s.round(ctx, round); err != nil {
+			if err := s.round(ctx, round, s.process, s.sandbox, s.cold); err != nil {
 				return fmt.Errorf("round %d: %w", round+1, err)
 			}
 		}
