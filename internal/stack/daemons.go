@@ -65,7 +65,7 @@ func (c Config) specs(environ []string) map[string]spec {
 }
 
 // gatewayCores leaves half of the machine's cores to the Functions that the gateway calls. On two cores that is one for the
-// gateway, whose goroutines then hand a request on without waking another core: it adds 0.5 ms to a warm one in place of 0.7.
+// gateway, whose goroutines then hand a request on without waking another core.
 func gatewayCores(cores int) string {
 	return "GOMAXPROCS=" + strconv.Itoa(max(1, cores/2))
 }
