@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -54,7 +55,8 @@ func TestEndsWithoutATrace(t *testing.T) {
 func (d *deployment) auditSeesStrays(t *testing.T) {
 	t.Helper()
 	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
-	if _, err := d.containerd.SnapshotService("hearth").Prepare(ctx, "stray", ""); err != nil {
+	kept := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "stray"}) // or containerd's collector may be the first to find it
+	if _, err := d.containerd.SnapshotService("hearth").Prepare(ctx, "stray", "", kept); err != nil {
 		t.Fatal(err)
 	}
 	metadata := &cri.PodSandboxMetadata{Name: "stray", Namespace: "hearth", Uid: "stray"}
