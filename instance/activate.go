@@ -8,6 +8,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
@@ -29,7 +30,8 @@ type activation struct {
 	image    string // normalized reference
 	deadline time.Time
 	trace    *trace
-	done     chan struct{} // closed when what follows is final
+	process  *specs.Process // once known
+	done     chan struct{}  // closed when what follows is final
 	err      error
 	answer   *hearthv1.Instance
 }
@@ -149,11 +151,11 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 		ctx, cancel := context.WithTimeout(ctx, createTime)
 		defer cancel()
 		for delay := 100 * time.Millisecond; ; delay = min(2*delay, 5*time.Second) {
-			err := absent(e.backend.MarkServing(ctx, containerID(i.id)))
+			err := absent(e.record(ctx, i, a))
 			if err == nil {
 				break
 			}
-			e.log.Warn("instance not marked as serving", "instance", i.id, "error", err)
+			e.log.Warn("what the instance has become is not recorded", "instance", i.id, "error", err)
 			if !sleep(ctx, delay) {
 				return
 			}
@@ -161,6 +163,21 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 		e.limitCPU(i.id, a.revision.GetResources().GetCpuMillis())
 	})
 	e.metrics.prepared.Set(float64(e.shelf.count()))
+}
+
+// record has containerd know what an Instance serves. Until then a restarted engine would discard it: a claim that its caller has
+// seen served for less than a moment is made again.
+func (e *Engine) record(ctx context.Context, i *instance, a *activation) error {
+	i.mu.Lock()
+	box, r := i.sandbox, record{ID: containerID(i.id), Image: i.image, Snapshot: i.snapshot, Labels: i.labels(e.cfg.Node)}
+	i.mu.Unlock()
+	var err error
+	if r.Spec, err = e.spec(ctx, i.id, box); err != nil {
+		return err
+	}
+	p := r.Spec.Process
+	p.Args, p.Env, p.Cwd, p.User = a.process.Args, a.process.Env, a.process.Cwd, a.process.User
+	return e.backend.Record(ctx, r)
 }
 
 func (e *Engine) limitCPU(id string, millis int64) {

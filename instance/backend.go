@@ -3,9 +3,9 @@ package instance
 import (
 	"context"
 	"net/netip"
+	"os"
 	"time"
 
-	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -52,15 +52,24 @@ type snapshots interface {
 }
 
 type tasks interface {
-	// CreateTask makes a container and its process, which does not run yet.
-	CreateTask(ctx context.Context, c container) error
-	// StartTask executes the process.
-	StartTask(ctx context.Context, containerID string) error
+	// CreateTask makes a sandbox's container, in which the launcher runs, and returns when that waits for what to become.
+	CreateTask(ctx context.Context, c container) (launcher, error)
+	// FindTask finds the launcher of a container that a former engine made. It is an error if it does not wait any more.
+	FindTask(ctx context.Context, c container) (launcher, error)
 	// StopTask ends the process (SIGTERM, then SIGKILL after grace) and removes container and process. One that is not there
 	// is no error.
 	StopTask(ctx context.Context, containerID string, grace time.Duration) error
-	// MarkServing labels a container, so that a restarted engine adopts it.
-	MarkServing(ctx context.Context, containerID string) error
+	// Record notes with a container what it has become: image, snapshot, process and labels.
+	Record(ctx context.Context, r record) error
+}
+
+// launcher is what waits in a container until a Function is known.
+type launcher interface {
+	// Launch gives the container another root file system and executes the process there, in the launcher's place. After an
+	// error the container is good for nothing.
+	Launch(ctx context.Context, root rootfs, p *specs.Process) error
+	// Close lets go of it; it waits on.
+	Close() error
 }
 
 type containerList interface {
@@ -95,20 +104,33 @@ type image struct {
 
 // rootfs is a prepared snapshot.
 type rootfs struct {
-	Key    string
-	Mounts []*types.Mount
-	User   specs.User // the image's user, looked up in its passwd and group
+	Key  string
+	Tree *os.File   // its mount, which nobody sees; nil if it is not prepared to the end
+	User specs.User // the image's user, looked up in its passwd and group
+}
+
+// close lets go of the mount, which ends unless a container has it.
+func (r rootfs) close() {
+	if r.Tree != nil {
+		_ = r.Tree.Close() // it was never written to
+	}
 }
 
 // container is all that CreateTask needs.
 type container struct {
 	ID      string
-	Image   string
 	Labels  map[string]string
 	Sandbox sandbox
-	Rootfs  rootfs
 	Spec    *specs.Spec
 	Log     string // path of the file that gets stdout and stderr
+	Control string // directory of the launcher's socket
+}
+
+// record is what a container has become.
+type record struct {
+	ID, Image, Snapshot string
+	Labels              map[string]string
+	Spec                *specs.Spec
 }
 
 // containerInfo is a container as it is found.

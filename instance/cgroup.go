@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
 
 // cgroupRoot is where every Linux of today mounts its cgroups.
@@ -96,15 +98,43 @@ func rmdir(dir string) error {
 	return nil
 }
 
+// limit sets a Function's memory limit and its share of CPU under contention, before its process is executed.
+func (c cgroups) limit(instance string, r *hearthv1.Resources) error {
+	if bytes := r.GetMemoryBytes(); bytes > 0 {
+		if err := c.set(instance, "memory", "memory.limit_in_bytes", "memory.max", strconv.FormatInt(bytes, 10)); err != nil {
+			return fmt.Errorf("limit memory of %s: %w", instance, err)
+		}
+	}
+	if millis := r.GetCpuMillis(); millis > 0 {
+		shares := min(max(millis*1024/1000, 2), 262144) // what the kernel takes
+		value := shares
+		if c.unified() {
+			value = 1 + (shares-2)*9999/262142 // as runc and systemd translate it
+		}
+		if err := c.set(instance, "cpu", "cpu.shares", "cpu.weight", strconv.FormatInt(value, 10)); err != nil {
+			return fmt.Errorf("share of cpu of %s: %w", instance, err)
+		}
+	}
+	return nil
+}
+
+// set writes a setting of a Function's cgroup: file1 of a hierarchy of version 1, or file2.
+func (c cgroups) set(instance, hierarchy, file1, file2, value string) error {
+	path := filepath.Join(cgroupRoot, hierarchy, c.function(instance), file1)
+	if c.unified() {
+		path = filepath.Join(cgroupRoot, c.function(instance), file2)
+	}
+	return os.WriteFile(path, []byte(value), 0)
+}
+
 // limitCPU sets a Function's CPU limit, in thousandths of a core. It is set when the Function serves and not before, because a
 // start that is held to half a core takes twice as long.
 func (c cgroups) limitCPU(instance string, millis int64) error {
-	quota := strconv.FormatInt(max(millis*cpuPeriod/1000, 1000), 10) // the kernel takes no less than 1 ms
-	file, value := filepath.Join(cgroupRoot, "cpu", c.function(instance), "cpu.cfs_quota_us"), quota
+	value := strconv.FormatInt(max(millis*cpuPeriod/1000, 1000), 10) // the kernel takes no less than 1 ms
 	if c.unified() {
-		file, value = filepath.Join(cgroupRoot, c.function(instance), "cpu.max"), quota+" "+strconv.Itoa(cpuPeriod)
+		value += " " + strconv.Itoa(cpuPeriod)
 	}
-	if err := os.WriteFile(file, []byte(value), 0); err != nil {
+	if err := c.set(instance, "cpu", "cpu.cfs_quota_us", "cpu.max", value); err != nil {
 		return fmt.Errorf("limit cpu of %s: %w", instance, err)
 	}
 	return nil

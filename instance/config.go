@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -25,7 +26,6 @@ const (
 	labelChain    = "hearth.dev/chain"
 	labelPort     = "hearth.dev/port"
 	labelCPU      = "hearth.dev/cpu-millis"
-	labelServing  = "hearth.dev/serving"
 )
 
 // Phase is a part of an image's way to the node, at its real time.
@@ -57,6 +57,8 @@ type Config struct {
 	CgroupParent string
 	// ResolvConf is copied into Instances; default /etc/resolv.conf.
 	ResolvConf string
+	// Launcher is the program that waits in warm Instances; default: launcher, beside this program.
+	Launcher string
 
 	// Phases returns the phases of the last pull of an image; nil if nobody knows.
 	Phases func(imageRef string) ([]Phase, bool)
@@ -93,6 +95,13 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.Namespace, "k8s.io")
 	setDefault(&c.Snapshotter, "hearth")
 	setDefault(&c.ResolvConf, "/etc/resolv.conf")
+	if c.Launcher == "" {
+		self, err := os.Executable()
+		if err != nil {
+			problems = append(problems, fmt.Errorf("find the launcher: %w", err))
+		}
+		c.Launcher = filepath.Join(filepath.Dir(self), "launcher")
+	}
 	setDefault(&c.DefaultClaimTimeout, 30*time.Second)
 	setDefault(&c.Grace, 5*time.Second)
 	setDefault(&c.KeptLogs, 10)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -31,6 +32,7 @@ type node struct {
 	namespace   string
 	snapshotter string
 	cgroups     cgroups
+	scratch     string // an empty directory
 	credentials func(ctx context.Context, ref string) (user, secret string, err error)
 
 	mu    sync.Mutex // guards users
@@ -64,6 +66,7 @@ func connectNode(cfg Config) (*node, error) {
 		runtime: cri.NewRuntimeServiceClient(conn), image: cri.NewImageServiceClient(conn),
 		name: cfg.Node, namespace: cfg.Namespace, snapshotter: cfg.Snapshotter,
 		cgroups:     cgroups{parent: cfg.CgroupParent},
+		scratch:     filepath.Join(cfg.Root, scratchDir),
 		credentials: cfg.Credentials,
 		users:       map[userKey]specs.User{},
 	}, nil

@@ -18,38 +18,46 @@ import (
 // killTime is how long a process may take to end after SIGKILL. It is stuck in the kernel if it needs longer.
 const killTime = 10 * time.Second
 
-// CreateTask implements tasks. The container names the sandbox, so that containerd gives it to the shim that runs already: a
-// shim of its own would cost some 30 ms. The rest is one write to containerd's database and one `runc create`.
-func (n *node) CreateTask(ctx context.Context, c container) error {
+// CreateTask implements tasks. The container names the sandbox, so that containerd gives it to the shim that runs already. Its
+// root file system is a directory of the host's and not a snapshot, until Record.
+func (n *node) CreateTask(ctx context.Context, c container) (launcher, error) {
 	ctx = n.in(ctx)
 	spec, err := typeurl.MarshalAny(c.Spec)
 	if err != nil {
-		return fmt.Errorf("encode spec of %s: %w", c.ID, err)
+		return nil, fmt.Errorf("encode spec of %s: %w", c.ID, err)
 	}
 	_, err = n.client.ContainerService().Create(ctx, containers.Container{
-		ID: c.ID, Labels: c.Labels, Image: c.Image, Runtime: c.Sandbox.Runtime, Spec: spec,
-		SnapshotKey: c.Rootfs.Key, Snapshotter: n.snapshotter, SandboxID: c.Sandbox.ID,
+		ID: c.ID, Labels: c.Labels, Runtime: c.Sandbox.Runtime, Spec: spec, Snapshotter: n.snapshotter, SandboxID: c.Sandbox.ID,
 	})
 	if err != nil {
-		return fmt.Errorf("create container %s: %w", c.ID, err)
+		return nil, fmt.Errorf("create container %s: %w", c.ID, err)
 	}
 	output := (&url.URL{Scheme: "file", Path: c.Log}).String()
-	_, err = n.client.TaskService().Create(ctx, &taskapi.CreateTaskRequest{
-		ContainerID: c.ID, Rootfs: c.Rootfs.Mounts, Stdout: output, Stderr: output,
-	})
+	made, err := n.client.TaskService().Create(ctx, &taskapi.CreateTaskRequest{ContainerID: c.ID, Stdout: output, Stderr: output})
 	if err != nil {
-		return fmt.Errorf("create process of %s: %w", c.ID, errgrpc.ToNative(err))
+		return nil, fmt.Errorf("create process of %s: %w", c.ID, errgrpc.ToNative(err))
 	}
-	return nil
+	if _, err := n.client.TaskService().Start(ctx, &taskapi.StartRequest{ContainerID: c.ID}); err != nil {
+		return nil, fmt.Errorf("start process of %s: %w", c.ID, errgrpc.ToNative(err))
+	}
+	l, err := awaitLauncher(ctx, made.Pid, c.Control)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	return l, nil
 }
 
-// StartTask implements tasks.
-func (n *node) StartTask(ctx context.Context, containerID string) error {
-	_, err := n.client.TaskService().Start(n.in(ctx), &taskapi.StartRequest{ContainerID: containerID})
+// FindTask implements tasks.
+func (n *node) FindTask(ctx context.Context, c container) (launcher, error) {
+	r, err := n.client.TaskService().Get(n.in(ctx), &taskapi.GetRequest{ContainerID: c.ID})
 	if err != nil {
-		return fmt.Errorf("start process of %s: %w", containerID, errgrpc.ToNative(err))
+		return nil, fmt.Errorf("find process of %s: %w", c.ID, errgrpc.ToNative(err))
 	}
-	return nil
+	l, err := findLauncher(ctx, r.GetProcess().GetPid(), c.Control)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	return l, nil
 }
 
 // StopTask implements tasks.
@@ -97,12 +105,17 @@ func (n *node) await(ctx context.Context, containerID string, atMost time.Durati
 	return errgrpc.ToNative(err)
 }
 
-// MarkServing implements tasks.
-func (n *node) MarkServing(ctx context.Context, containerID string) error {
-	_, err := n.client.ContainerService().Update(n.in(ctx),
-		containers.Container{ID: containerID, Labels: map[string]string{labelServing: "1"}}, "labels."+labelServing)
+// Record implements tasks. From here on containerd keeps the snapshot for the container's sake.
+func (n *node) Record(ctx context.Context, r record) error {
+	spec, err := typeurl.MarshalAny(r.Spec)
 	if err != nil {
-		return fmt.Errorf("mark container %s as serving: %w", containerID, err)
+		return fmt.Errorf("encode spec of %s: %w", r.ID, err)
+	}
+	_, err = n.client.ContainerService().Update(n.in(ctx),
+		containers.Container{ID: r.ID, Image: r.Image, SnapshotKey: r.Snapshot, Labels: r.Labels, Spec: spec},
+		"image", "snapshotkey", "labels", "spec")
+	if err != nil {
+		return fmt.Errorf("record what container %s has become: %w", r.ID, err)
 	}
 	return nil
 }
@@ -124,7 +137,7 @@ func (n *node) Containers(ctx context.Context) ([]containerInfo, error) {
 	}
 	var found []containerInfo
 	for _, c := range list {
-		if _, ours := c.Labels[labelClaim]; ours { // a sandbox's pause container carries the other labels too
+		if c.ID == containerID(c.Labels[labelInstance]) { // a sandbox's pause container has the label too
 			found = append(found, containerInfo{
 				ID: c.ID, Snapshot: c.SnapshotKey, Labels: c.Labels,
 				Running: status[c.ID] == task.Status_RUNNING, Ended: status[c.ID] == task.Status_STOPPED,

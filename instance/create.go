@@ -68,8 +68,8 @@ func (e *Engine) beginCreation(i *instance) {
 	defer i.mu.Unlock()
 	e.advance(i, hearthv1.State_STATE_CREATING)
 	begun := e.begin(i, time.Now().Add(createTime), func(ctx context.Context) {
-		s, err := e.makeSandbox(ctx, i.id)
-		e.endCreation(i, s, err)
+		s, l, err := e.makeSandbox(ctx, i.id)
+		e.endCreation(i, s, l, err)
 	})
 	if !begun {
 		i.failure = errStopping
@@ -101,21 +101,35 @@ func (e *Engine) begin(i *instance, deadline time.Time, f func(context.Context))
 	return begun
 }
 
-// makeSandbox prepares the files first: a sandbox that is there has them.
-func (e *Engine) makeSandbox(ctx context.Context, id string) (sandbox, error) {
+// makeSandbox makes a sandbox and the container in it, which waits for a Function.
+func (e *Engine) makeSandbox(ctx context.Context, id string) (sandbox, launcher, error) {
 	if err := e.backend.Ready(ctx); err != nil { // a half-made sandbox is the most that a call to a broken containerd could give
-		return sandbox{}, err
+		return sandbox{}, nil, err
 	}
 	s, err := e.backend.RunSandbox(ctx, id)
 	if err != nil {
-		return sandbox{}, err
+		return sandbox{}, nil, err
 	}
-	return s, e.writeFiles(id, s)
+	if err := e.writeFiles(id, s); err != nil {
+		return s, nil, err
+	}
+	c := e.container(id)
+	c.Sandbox, c.Labels = s, map[string]string{labelNode: e.cfg.Node, labelInstance: id}
+	if c.Spec, err = e.spec(ctx, id, s); err != nil {
+		return s, nil, err
+	}
+	l, err := e.backend.CreateTask(ctx, c)
+	return s, l, err
 }
 
-func (e *Engine) endCreation(i *instance, s sandbox, err error) {
+// container names an Instance's container and where its files are.
+func (e *Engine) container(id string) container {
+	return container{ID: containerID(id), Log: e.outputOf(id), Control: e.controlOf(id)}
+}
+
+func (e *Engine) endCreation(i *instance, s sandbox, l launcher, err error) {
 	i.mu.Lock()
-	i.sandbox = s
+	i.sandbox, i.launcher = s, l
 	if err == nil && i.state == hearthv1.State_STATE_CREATING {
 		if !s.Created.IsZero() {
 			i.created = s.Created

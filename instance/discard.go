@@ -118,12 +118,11 @@ func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) e
 	ctx, cancel := context.WithTimeout(ctx, removeTime+grace)
 	defer cancel()
 	i.mu.Lock()
-	box, claimed, snapshot := i.sandbox.ID, i.claim != nil, i.snapshot
+	box, snapshot := i.sandbox.ID, i.snapshot
 	i.mu.Unlock()
-	if claimed {
-		if err := e.backend.StopTask(ctx, containerID(i.id), grace); err != nil {
-			return err
-		}
+	i.letGo()
+	if err := e.backend.StopTask(ctx, containerID(i.id), grace); err != nil {
+		return err
 	}
 	if snapshot != "" {
 		if err := e.backend.RemoveSnapshot(ctx, snapshot); err != nil {

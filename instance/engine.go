@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -20,6 +21,9 @@ import (
 // reconcileInterval is how often containerd is compared with what the engine believes, besides after every reconnect.
 const reconcileInterval = 15 * time.Second
 
+// scratchDir is an empty directory below the root, for mounts that are made in a namespace of their own.
+const scratchDir = "scratch"
+
 // Engine is the engine of one node. All its methods are safe for concurrent use. Run has to be running; until it has read
 // containerd's state all calls fail with Unavailable.
 type Engine struct {
@@ -32,6 +36,8 @@ type Engine struct {
 	shelf   *shelf
 	logs    *logStore
 	cgroups cgroups
+
+	launcherRoot string // root file system that launchers run in
 
 	jobs    chan func(context.Context) // Run's loop starts each in a goroutine that Run waits for
 	stopped chan struct{}              // closed when Run takes no more jobs
@@ -51,17 +57,28 @@ func New(cfg Config) (*Engine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("instance engine: %w", err)
 	}
+	for _, dir := range []string{cfg.Root, filepath.Join(cfg.Root, scratchDir)} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("instance engine: %w", err)
+		}
+	}
+	root, err := writeLauncherRoot(cfg.Root, cfg.Launcher)
+	if err != nil {
+		return nil, fmt.Errorf("instance engine: %w", err)
+	}
 	n, err := connectNode(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("instance engine: %w", err)
 	}
-	return newEngine(cfg, n)
+	e, err := newEngine(cfg, n)
+	if err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
+	e.launcherRoot = root
+	return e, nil
 }
 
 func newEngine(cfg Config, b backend) (*Engine, error) {
-	if err := os.MkdirAll(cfg.Root, 0o700); err != nil {
-		return nil, fmt.Errorf("instance engine: %w", err)
-	}
 	e := &Engine{
 		cfg: cfg, log: cfg.Logger, backend: b, cgroups: cgroups{parent: cfg.CgroupParent},
 		jobs: make(chan func(context.Context)), stopped: make(chan struct{}), opened: make(chan struct{}),
@@ -122,6 +139,9 @@ func (e *Engine) Run(ctx context.Context) error {
 	group.Go(func() error { return e.reconcileLoop(ctx) })
 	err := group.Wait()
 	e.hub.close()
+	for _, i := range e.all() {
+		i.letGo() // for the next engine
+	}
 	if closer, ok := e.backend.(interface{ Close() error }); ok {
 		err = errors.Join(err, closer.Close())
 	}

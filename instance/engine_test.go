@@ -40,8 +40,8 @@ func TestOneOfManyClaimsWins(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if won.Load() != 1 || f.created != 1 {
-		t.Errorf("%d claims won, %d containers were created, want 1", won.Load(), f.created)
+	if won.Load() != 1 || f.started != 1 {
+		t.Errorf("%d claims won, %d containers were created, want 1", won.Load(), f.started)
 	}
 }
 
@@ -61,8 +61,8 @@ func TestSameClaimIsOneActivation(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if f.created != 1 {
-		t.Errorf("%d containers were created, want 1", f.created)
+	if f.started != 1 {
+		t.Errorf("%d containers were created, want 1", f.started)
 	}
 }
 
@@ -113,7 +113,7 @@ func TestClaimWhoseCallerHasGoneIsFinished(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake()
 		release := make(chan struct{})
-		f.onCreate = func(context.Context) error { <-release; return nil }
+		f.onLaunch = func(context.Context) error { <-release; return nil }
 		e, stop := runUntil(t, f)
 		defer stop()
 		if err := create(e, "a"); err != nil {
@@ -291,7 +291,7 @@ func TestStatesOnlyGrow(t *testing.T) {
 func TestDiscardWhileCreating(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake()
-		f.onCreate = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		f.onLaunch = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 		e, stop := runUntil(t, f)
 		defer stop()
 		if err := create(e, "a"); err != nil {

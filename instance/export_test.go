@@ -4,6 +4,10 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/containerd/v2/core/mount"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
@@ -14,14 +18,16 @@ type (
 	Image         = image
 	Rootfs        = rootfs
 	Container     = container
+	Launcher      = launcher
+	Record        = record
 	ContainerInfo = containerInfo
 	Exit          = exit
 )
 
 // Labels that a restarted engine reads.
 const (
-	LabelInstance, LabelClaim, LabelEpoch, LabelServing = labelInstance, labelClaim, labelEpoch, labelServing
-	LabelFunction, LabelRevision, LabelPort             = labelFunction, labelRevision, labelPort
+	LabelInstance, LabelClaim, LabelEpoch   = labelInstance, labelClaim, labelEpoch
+	LabelFunction, LabelRevision, LabelPort = labelFunction, labelRevision, labelPort
 )
 
 // NewWithBackend makes an Engine over a fake containerd.
@@ -43,9 +49,17 @@ func (e *Engine) StreamLogs(ctx context.Context, req *hearthv1.LogsRequest, send
 	return e.streamLogs(ctx, req, send)
 }
 
-// LogPath makes an Instance's log file.
+// LogPath is an Instance's log file, which is made if it is not there.
 func (e *Engine) LogPath(function, instance string) (string, error) {
-	return e.logs.create(function, instance)
+	path := filepath.Join(e.logs.dir(function), instance+logSuffix)
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	output := filepath.Join(e.cfg.Root, instance)
+	if err := os.WriteFile(output, nil, 0o600); err != nil {
+		return "", err
+	}
+	return e.logs.claim(function, instance, output)
 }
 
 // Reconcile compares with containerd now.
@@ -67,3 +81,9 @@ func SplitLines(first, second []byte) ([][]byte, error) {
 
 // ConnectError gives an error its code.
 func ConnectError(err error) error { return connectError(err) }
+
+// Detach mounts a snapshot where nobody sees it.
+func Detach(mounts []mount.Mount, scratch string) (*os.File, error) { return detach(mounts, scratch) }
+
+// RelativeLowers shortens an overlay's options.
+func RelativeLowers(options []string) (base, joined string) { return relativeLowers(options) }

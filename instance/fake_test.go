@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -32,16 +34,17 @@ type fake struct {
 	snapshots  map[string]bool
 	images     map[string]bool
 	pulls      int
-	created    int
+	launched   map[string]bool // by container
+	started    int
 	listens    bool
 	exits      chan instance.Exit
-	onCreate   func(ctx context.Context) error
+	onLaunch   func(ctx context.Context) error
 }
 
 func newFake() *fake {
 	return &fake{
 		sandboxes: map[string]instance.Sandbox{}, containers: map[string]instance.ContainerInfo{}, snapshots: map[string]bool{},
-		images: map[string]bool{}, listens: true, exits: make(chan instance.Exit),
+		images: map[string]bool{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit),
 	}
 }
 
@@ -128,44 +131,57 @@ func (f *fake) PreparedSnapshots(context.Context) (keys []string, err error) {
 	return keys, err
 }
 
-func (f *fake) CreateTask(ctx context.Context, c instance.Container) error {
-	if f.onCreate != nil {
-		if err := f.onCreate(ctx); err != nil {
-			return err
-		}
-	}
-	return f.locked(func() error {
+func (f *fake) CreateTask(_ context.Context, c instance.Container) (instance.Launcher, error) {
+	err := f.locked(func() error {
 		if _, ok := f.containers[c.ID]; ok {
 			return errdefs.ErrAlreadyExists
 		}
-		f.created++
-		f.containers[c.ID] = instance.ContainerInfo{ID: c.ID, Snapshot: c.Rootfs.Key, Labels: c.Labels}
+		f.containers[c.ID] = instance.ContainerInfo{ID: c.ID, Labels: c.Labels, Running: true}
+		return nil
+	})
+	return &fakeLauncher{f}, err
+}
+
+func (f *fake) FindTask(_ context.Context, c instance.Container) (instance.Launcher, error) {
+	return &fakeLauncher{f}, f.locked(func() error {
+		if f.launched[c.ID] {
+			return errdefs.ErrFailedPrecondition
+		}
 		return nil
 	})
 }
 
-func (f *fake) StartTask(_ context.Context, id string) error {
-	return f.locked(func() error {
-		c := f.containers[id]
-		c.Running = true
-		f.containers[id] = c
+// fakeLauncher is one of fake's.
+type fakeLauncher struct{ f *fake }
+
+func (l *fakeLauncher) Launch(ctx context.Context, _ instance.Rootfs, p *specs.Process) error {
+	if l.f.onLaunch != nil {
+		if err := l.f.onLaunch(ctx); err != nil {
+			return err
+		}
+	}
+	return l.f.locked(func() error {
+		i := slices.IndexFunc(p.Env, func(s string) bool { return strings.HasPrefix(s, "HOSTNAME=") })
+		l.f.started++
+		l.f.launched[strings.TrimPrefix(p.Env[i], "HOSTNAME=")+".fn"] = true
 		return nil
 	})
 }
+
+func (*fakeLauncher) Close() error { return nil }
 
 func (f *fake) StopTask(_ context.Context, id string, _ time.Duration) error {
 	return f.locked(func() error { delete(f.containers, id); return nil })
 }
 
-func (f *fake) MarkServing(_ context.Context, id string) error {
+func (f *fake) Record(_ context.Context, r instance.Record) error {
 	return f.locked(func() error {
-		c, ok := f.containers[id]
+		c, ok := f.containers[r.ID]
 		if !ok {
 			return errdefs.ErrNotFound
 		}
-		c.Labels = maps.Clone(c.Labels)
-		c.Labels[instance.LabelServing] = "1"
-		f.containers[id] = c
+		c.Labels, c.Snapshot = r.Labels, r.Snapshot
+		f.containers[r.ID] = c
 		return nil
 	})
 }

@@ -30,6 +30,12 @@ func (e *Engine) filesRoot() string { return filepath.Join(e.cfg.Root, "instance
 // filesOf is the directory of the files of one Instance.
 func (e *Engine) filesOf(id string) string { return filepath.Join(e.filesRoot(), id) }
 
+// outputOf is where the output of an Instance's process goes until a Function's log is made of it.
+func (e *Engine) outputOf(id string) string { return filepath.Join(e.filesOf(id), "output"+logSuffix) }
+
+// controlOf is the directory of the launcher's socket.
+func (e *Engine) controlOf(id string) string { return filepath.Join(e.filesOf(id), "control") }
+
 // writeFiles writes what the CRI would mount into a container of the sandbox, before anyone needs it.
 func (e *Engine) writeFiles(id string, s sandbox) error {
 	resolv, err := resolvConf(e.cfg.ResolvConf)
@@ -37,10 +43,17 @@ func (e *Engine) writeFiles(id string, s sandbox) error {
 		return err
 	}
 	dir := e.filesOf(id)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(e.controlOf(id), 0o755); err != nil {
 		return fmt.Errorf("files of instance %s: %w", id, err)
 	}
 	hosts := "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" + s.IP.String() + "\t" + id + "\n"
+	output, err := os.OpenFile(e.outputOf(id), os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("files of instance %s: %w", id, err)
+	}
+	if err := output.Close(); err != nil {
+		return fmt.Errorf("files of instance %s: %w", id, err)
+	}
 	for name, text := range map[string][]byte{
 		fileHosts: []byte(hosts), fileHostname: []byte(id + "\n"), fileResolvConf: resolv,
 	} {

@@ -6,7 +6,6 @@ import (
 	"path"
 
 	"github.com/containerd/containerd/v2/core/containers"
-	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -84,9 +83,12 @@ func (n *node) PrepareSnapshot(ctx context.Context, key string, img *image) (roo
 	if err != nil {
 		return rootfs{}, fmt.Errorf("prepare snapshot of %s: %w", img.Ref, err)
 	}
-	r := rootfs{Key: key, Mounts: mount.ToProto(mounts)}
+	r := rootfs{Key: key}
 	if r.User, err = n.user(ctx, key, img); err != nil {
 		return r, fmt.Errorf("user %q of image %s: %w", img.Config.User, img.Ref, err)
+	}
+	if r.Tree, err = detach(mounts, n.scratch); err != nil {
+		return r, fmt.Errorf("root file system of image %s: %w", img.Ref, err)
 	}
 	return r, nil
 }

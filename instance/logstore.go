@@ -38,17 +38,16 @@ func (l *logStore) base() string { return filepath.Join(l.root, "logs") }
 // dir is where a Function's logs are; its name has been checked.
 func (l *logStore) dir(function string) string { return filepath.Join(l.base(), function) }
 
-// create returns the path of an Instance's log file, which exists then.
-func (l *logStore) create(function, instance string) (string, error) {
+// claim makes a Function's log of the file that an Instance's output goes to, and returns its path.
+func (l *logStore) claim(function, instance, output string) (string, error) {
 	path := filepath.Join(l.dir(function), instance+logSuffix)
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return "", fmt.Errorf("log of instance %s: %w", instance, err)
 	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
+	if err := os.Rename(output, path); err != nil {
 		return "", fmt.Errorf("log of instance %s: %w", instance, err)
 	}
-	return path, f.Close()
+	return path, nil
 }
 
 // files lists a Function's log files, oldest first; none is no error.

@@ -1,6 +1,7 @@
 package instance_test
 
 import (
+	"maps"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -15,18 +16,19 @@ import (
 // TestRebuild gives a new engine every kind of thing that a former one may have left.
 func TestRebuild(t *testing.T) {
 	for name, c := range map[string]struct {
-		box, ready                   bool
-		container, running, labelled bool
-		want                         hearthv1.State
+		box, ready                             bool
+		container, running, launched, recorded bool
+		want                                   hearthv1.State
 	}{
-		"sandbox alone":                 {box: true, ready: true, want: hearthv1.State_STATE_WARM},
-		"sandbox that has ended":        {box: true},
-		"serving":                       {box: true, ready: true, container: true, running: true, labelled: true, want: hearthv1.State_STATE_SERVING},
-		"running, not yet serving":      {box: true, ready: true, container: true, running: true},
-		"created, not executed":         {box: true, ready: true, container: true},
-		"serving, process has ended":    {box: true, ready: true, container: true, labelled: true},
-		"serving, sandbox has ended":    {box: true, container: true, running: true, labelled: true},
-		"container without its sandbox": {container: true, running: true, labelled: true},
+		"waiting":                           {box: true, ready: true, container: true, running: true, want: hearthv1.State_STATE_WARM},
+		"sandbox without a container":       {box: true, ready: true},
+		"sandbox that has ended":            {box: true, container: true, running: true},
+		"container whose launcher has died": {box: true, ready: true, container: true},
+		"claimed, not yet recorded":         {box: true, ready: true, container: true, running: true, launched: true},
+		"serving":                           {box: true, ready: true, container: true, running: true, launched: true, recorded: true, want: hearthv1.State_STATE_SERVING},
+		"serving, process has ended":        {box: true, ready: true, container: true, launched: true, recorded: true},
+		"serving, sandbox has ended":        {box: true, container: true, running: true, launched: true, recorded: true},
+		"container without its sandbox":     {container: true, running: true, launched: true, recorded: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -41,15 +43,17 @@ func TestRebuild(t *testing.T) {
 					f.sandboxes["box-1"] = box
 				}
 				if c.container {
-					labels := map[string]string{
-						instance.LabelInstance: "a", instance.LabelClaim: "c", instance.LabelEpoch: "7",
-						instance.LabelFunction: "hello", instance.LabelRevision: "hello-00001", instance.LabelPort: "8080",
+					labels := map[string]string{instance.LabelInstance: "a"}
+					info := instance.ContainerInfo{ID: "a.fn", Labels: labels, Running: c.running}
+					if c.recorded {
+						maps.Copy(labels, map[string]string{
+							instance.LabelClaim: "c", instance.LabelEpoch: "7",
+							instance.LabelFunction: "hello", instance.LabelRevision: "hello-00001", instance.LabelPort: "8080",
+						})
+						info.Snapshot = "hearth-used"
 					}
-					if c.labelled {
-						labels[instance.LabelServing] = "1"
-					}
-					f.snapshots["hearth-used"] = true
-					f.containers["a.fn"] = instance.ContainerInfo{ID: "a.fn", Snapshot: "hearth-used", Labels: labels, Running: c.running}
+					f.snapshots["hearth-used"] = c.launched
+					f.containers["a.fn"], f.launched["a.fn"] = info, c.launched
 				}
 				e, stop := runUntil(t, f)
 				defer stop()
@@ -75,7 +79,7 @@ func TestRebuild(t *testing.T) {
 func wantAdopted(t *testing.T, e *instance.Engine, f *fake) {
 	t.Helper()
 	answer, err := activate(e, "a", "c", 7, time.Minute) // the same claim as before the restart
-	if err != nil || answer.Instance.Address != "10.0.0.1:8080" || f.created != 0 {
+	if err != nil || answer.Instance.Address != "10.0.0.1:8080" || f.started != 0 {
 		t.Errorf("the claim's repetition got %v, %v", answer, err)
 	}
 	_, err = activate(e, "a", "other", 7, time.Minute)

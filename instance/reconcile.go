@@ -78,7 +78,7 @@ func (e *Engine) reconcile(ctx context.Context) error {
 		if err := e.rebuild(bounded, s); err != nil {
 			return err
 		}
-		if err := e.cleanFiles(); err != nil {
+		if err := errors.Join(e.cleanFiles(), e.cleanLauncherRoots()); err != nil {
 			e.log.Warn("files of former instances not removed", "error", err)
 		}
 		close(e.opened)
@@ -130,14 +130,14 @@ func (e *Engine) rebuild(ctx context.Context, s *survey) error {
 
 // adopt makes an Instance of what is there: Warm, Serving or, with the reason as error, one that has to be discarded.
 func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, error) {
-	c, claimed := s.containers[id]
-	i := orphan(id, c, claimed)
+	c := s.containers[id]
+	i := orphan(id, c)
 	boxes := s.sandboxes[id]
 	if len(boxes) != 1 || !boxes[0].Ready {
 		return i, fmt.Errorf("it has %d sandboxes or one that has ended", len(boxes))
 	}
-	if claimed && (!c.Running || c.Labels[labelServing] == "") {
-		return i, errors.New("its function had not come to serve")
+	if !c.Running {
+		return i, errors.New("its container does not run")
 	}
 	box, err := e.backend.Inspect(ctx, boxes[0].ID)
 	if err != nil {
@@ -146,9 +146,12 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	if err := e.writeFiles(id, box); err != nil {
 		return i, err
 	}
-	i.sandbox, i.created, i.state = box, box.Created, hearthv1.State_STATE_WARM
-	if !claimed {
-		return i, nil
+	i.sandbox, i.created = box, box.Created
+	if i.claim == nil {
+		if i.launcher, err = e.backend.FindTask(ctx, e.container(id)); err == nil {
+			i.state = hearthv1.State_STATE_WARM
+		}
+		return i, err // it was claimed and had not come to be recorded, if the launcher is no more
 	}
 	if i.revision.Port == 0 {
 		return i, errors.New("its labels are not complete")
@@ -162,10 +165,10 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 }
 
 // orphan is an Instance of which nothing is known but what its container's labels say. Its state is Draining.
-func orphan(id string, c containerInfo, claimed bool) *instance {
+func orphan(id string, c containerInfo) *instance {
 	i := newInstance(id, hearthv1.State_STATE_DRAINING, time.Now())
 	close(i.warm)
-	if !claimed {
+	if c.Labels[labelClaim] == "" {
 		return i
 	}
 	epoch, _ := strconv.ParseInt(c.Labels[labelEpoch], 10, 64) // 0 when malformed: the lowest
@@ -217,9 +220,8 @@ func (e *Engine) compare(s *survey, before map[string]hearthv1.State) {
 		if _, was := before[id]; was || e.live(id) || checkInstanceID(id) != nil {
 			continue
 		}
-		c, claimed := s.containers[id]
 		e.log.Warn("sandbox or container of no instance is removed", "instance", id)
-		e.install(orphan(id, c, claimed))
+		e.install(orphan(id, s.containers[id]))
 	}
 }
 
@@ -230,7 +232,7 @@ func (e *Engine) compareOne(i *instance, s *survey, state hearthv1.State, box st
 	case !alive(s.sandboxes[i.id], box):
 		e.log.Warn("sandbox has gone", "instance", i.id)
 		e.end(i, hearthv1.State_STATE_GONE, 0)
-	case c.Ended, state == hearthv1.State_STATE_SERVING && !(ok && c.Running):
+	case c.Ended, state != hearthv1.State_STATE_CLAIMED && !(ok && c.Running):
 		e.processEnded(i, unknownStatus)
 	}
 }

@@ -81,6 +81,7 @@ func (s *shelf) prepare(ctx context.Context, img *image) (rootfs, error) {
 	s.mu.Unlock()
 	r, err := s.backend.PrepareSnapshot(ctx, key, img)
 	if err != nil {
+		r.close()
 		r.Key = key // it may have been made although the answer was lost
 		if errdefs.IsNotFound(err) {
 			s.release(key)
@@ -223,6 +224,7 @@ func (s *shelf) put(k *stock, r rootfs) bool {
 
 // discard removes a snapshot. What cannot be removed now is found by the next comparison with containerd.
 func (s *shelf) discard(ctx context.Context, r rootfs) {
+	r.close()
 	if r.Key == "" {
 		return
 	}

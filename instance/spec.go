@@ -24,32 +24,25 @@ import (
 // score, which needs no privilege.
 const oomScore = 500
 
-// spec describes the Function's container: the pod's network, IPC and host name, everything else its own, and the restrictions
-// that the CRI gives an ordinary container, plus no new privileges.
-func (e *Engine) spec(ctx context.Context, id string, box sandbox, img *image, root rootfs, r *hearthv1.Revision) (*specs.Spec, error) {
+// spec describes an Instance's container as it is made, with the launcher in it: the pod's network, IPC and host name,
+// everything else its own, and the restrictions that the CRI gives an ordinary container, plus no new privileges. The Function's
+// process inherits them all.
+func (e *Engine) spec(ctx context.Context, id string, box sandbox) (*specs.Spec, error) {
 	// containerd's own defaults: capabilities, mounts, masked and read-only paths, devices. They depend on nothing but the name.
 	ctx = namespaces.WithNamespace(ctx, e.cfg.Namespace)
 	s, err := oci.GenerateSpec(ctx, nil, &containers.Container{ID: containerID(id)})
 	if err != nil {
 		return nil, fmt.Errorf("spec of instance %s: %w", id, err)
 	}
-	args, err := command(img.Config, r)
-	if err != nil {
-		return nil, err
-	}
 	score := oomScore
-	s.Root = &specs.Root{Path: "rootfs"}
-	s.Process.Args = args
-	s.Process.Env = environment(img.Config.Env, r, id)
-	s.Process.Cwd = workdir(img.Config.WorkingDir)
-	s.Process.User = root.User
+	s.Root = &specs.Root{Path: e.launcherRoot, Readonly: true}
+	s.Process.Args = []string{launcherProgram, launcherControl + "/" + launcherSocket}
+	s.Process.Env = []string{"GOMAXPROCS=1"} // it only waits
+	s.Process.Cwd = "/"
 	s.Process.NoNewPrivileges = true
 	s.Process.OOMScoreAdj = &score
 	s.Process.Rlimits = nil // the shim's, as with the CRI
-	if root.User.UID != 0 {
-		s.Process.Capabilities.Effective, s.Process.Capabilities.Permitted = nil, nil
-	}
-	s.Mounts = append(s.Mounts, e.mounts(id, r.GetResources())...)
+	s.Mounts = append(s.Mounts, e.mounts(id)...)
 	s.Linux.CgroupsPath = e.cgroups.function(id)
 	s.Linux.Namespaces = []specs.LinuxNamespace{
 		{Type: specs.PIDNamespace},
@@ -61,9 +54,19 @@ func (e *Engine) spec(ctx context.Context, id string, box sandbox, img *image, r
 	if e.cgroups.unified() {
 		s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
 	}
-	limit(s.Linux, r.GetResources())
 	s.Linux.Seccomp = seccompProfile(s)
 	return s, nil
+}
+
+// functionProcess is what the launcher becomes.
+func functionProcess(id string, img *image, user specs.User, r *hearthv1.Revision) (*specs.Process, error) {
+	args, err := command(img.Config, r)
+	if err != nil {
+		return nil, err
+	}
+	return &specs.Process{
+		Args: args, Env: environment(img.Config.Env, r, id), Cwd: workdir(img.Config.WorkingDir), User: user,
+	}, nil
 }
 
 // command is what the container runs, by the rules of Kubernetes: a command replaces both the image's entrypoint and its
@@ -110,16 +113,15 @@ func workdir(img string) string {
 	return filepath.Clean(img)
 }
 
-// mounts are the Instance's own files, and the container's view of its cgroup, from which a JVM for example learns its limits.
-// Of cgroup v1 that view is some twenty mounts, so that a container without limits, which has nothing to learn, goes without.
-func (e *Engine) mounts(id string, r *hearthv1.Resources) []specs.Mount {
-	var list []specs.Mount
-	if r.GetMemoryBytes() > 0 || r.GetCpuMillis() > 0 || e.cgroups.unified() {
-		list = append(list, specs.Mount{
-			Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup",
-			Options: []string{"nosuid", "noexec", "nodev", "relatime", "ro"},
-		})
-	}
+// mounts are the Instance's own files, the launcher's socket, and the container's view of its cgroup, from which a JVM for
+// example learns its limits.
+func (e *Engine) mounts(id string) []specs.Mount {
+	list := []specs.Mount{{
+		Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup",
+		Options: []string{"nosuid", "noexec", "nodev", "relatime", "ro"},
+	}, {
+		Destination: launcherControl, Type: "bind", Source: e.controlOf(id), Options: []string{"bind", "rprivate", "rw"},
+	}}
 	for _, name := range []string{fileHosts, fileHostname, fileResolvConf} {
 		list = append(list, specs.Mount{
 			Destination: "/etc/" + name, Type: "bind", Source: filepath.Join(e.filesOf(id), name),
@@ -129,22 +131,8 @@ func (e *Engine) mounts(id string, r *hearthv1.Resources) []specs.Mount {
 	return list
 }
 
-// limit sets the memory limit and the share of CPU under contention. The CPU limit comes when the Function serves: see limitCPU.
-func limit(l *specs.Linux, r *hearthv1.Resources) {
-	if l.Resources == nil {
-		l.Resources = &specs.LinuxResources{}
-	}
-	if bytes := r.GetMemoryBytes(); bytes > 0 {
-		l.Resources.Memory = &specs.LinuxMemory{Limit: &bytes}
-	}
-	if millis := r.GetCpuMillis(); millis > 0 {
-		shares := uint64(max(millis*1024/1000, 2)) // the kernel takes no less than 2
-		l.Resources.CPU = &specs.LinuxCPU{Shares: &shares}
-	}
-}
-
 // seccompProfile is containerd's default one for the native system calls alone. Its filter for those of 32-bit programs, which no
-// image that we start has, takes runc 25 ms to compile: a third of its work, in which the caller waits. They are killed instead.
+// image that we start has, takes runc 25 ms to compile: a third of its work. They are killed instead.
 func seccompProfile(s *specs.Spec) *specs.LinuxSeccomp {
 	p := seccomp.DefaultProfile(s)
 	native := map[string]specs.Arch{"amd64": specs.ArchX86_64, "arm64": specs.ArchAARCH64}[runtime.GOARCH]

@@ -21,12 +21,13 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 	if img != nil {
 		defer e.shelf.refill(img)
 	}
+	defer root.close()
 	i.mu.Lock()
 	i.snapshot = root.Key
 	if img != nil {
 		i.chainID = img.ChainID
 	}
-	box, labels, endpoint := i.sandbox, i.labels(e.cfg.Node), i.endpoint()
+	box, launcher, endpoint := i.sandbox, i.launcher, i.endpoint()
 	i.address = endpoint.String()
 	i.mu.Unlock()
 	if err != nil {
@@ -36,19 +37,17 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 	defer cancel()
 
 	begin := time.Now()
-	log, err := e.logs.create(a.revision.Function, i.id)
+	log, err := e.logs.claim(a.revision.Function, i.id, e.outputOf(i.id))
 	if err != nil {
 		return err
 	}
-	spec, err := e.spec(ctx, i.id, box, img, root, a.revision)
-	if err != nil {
+	if a.process, err = functionProcess(i.id, img, root.User, a.revision); err != nil {
 		return err
 	}
-	c := container{ID: containerID(i.id), Image: img.Ref, Labels: labels, Sandbox: box, Rootfs: root, Spec: spec, Log: log}
-	if err := e.backend.CreateTask(ctx, c); err != nil {
+	if err := e.cgroups.limit(i.id, a.revision.GetResources()); err != nil {
 		return err
 	}
-	if err := e.backend.StartTask(ctx, c.ID); err != nil {
+	if err := launcher.Launch(ctx, root, a.process); err != nil {
 		return err
 	}
 	a.trace.since(phaseCreate, begin)
@@ -181,7 +180,8 @@ func (e *Engine) onExit(x exit) {
 	}
 }
 
-// processEnded notes the end of a Function's process. While it starts, the activation deals with it; when it serves, it is gone.
+// processEnded notes the end of an Instance's process, the launcher or the Function's. While a Function starts, the activation
+// deals with it; otherwise the Instance is gone.
 func (e *Engine) processEnded(i *instance, status uint32) {
 	i.mu.Lock()
 	select {
@@ -190,10 +190,10 @@ func (e *Engine) processEnded(i *instance, status uint32) {
 		i.status = status
 		close(i.exited)
 	}
-	serving := i.state == hearthv1.State_STATE_SERVING
+	gone := i.state == hearthv1.State_STATE_WARM || i.state == hearthv1.State_STATE_SERVING
 	i.mu.Unlock()
-	if serving {
-		e.log.Warn("function's process ended", "instance", i.id, "status", status)
+	if gone {
+		e.log.Warn("instance's process ended", "instance", i.id, "status", status)
 		e.end(i, hearthv1.State_STATE_GONE, 0)
 	}
 }

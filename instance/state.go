@@ -22,7 +22,8 @@ type instance struct {
 	state    hearthv1.State
 	created  time.Time
 	sandbox  sandbox
-	snapshot string // key of the Function's root file system
+	launcher launcher // from Warm on; nil after a restart that found the Function running
+	snapshot string   // key of the Function's root file system
 	address  string
 	claim    *hearthv1.Claim
 	revision *hearthv1.Revision
@@ -50,8 +51,18 @@ func newInstance(id string, state hearthv1.State, created time.Time) *instance {
 	}
 }
 
-// containerID is the id of the Function's container of an Instance: it holds at most one, ever.
+// containerID is the id of an Instance's one container, the launcher's and then the Function's.
 func containerID(instance string) string { return instance + ".fn" }
+
+// letGo ends the connection to the launcher, which waits on if it still does.
+func (i *instance) letGo() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.launcher != nil {
+		_ = i.launcher.Close() // there is nobody to tell
+		i.launcher = nil
+	}
+}
 
 // proto describes the Instance; mu must be held.
 func (i *instance) proto(node string) *hearthv1.Instance {
@@ -88,7 +99,7 @@ func (e *Engine) advance(i *instance, to hearthv1.State) bool {
 	return true
 }
 
-// labels of a claimed Instance's container; mu must be held.
+// labels of the container of an Instance that serves; mu must be held.
 func (i *instance) labels(node string) map[string]string {
 	return map[string]string{
 		labelNode:     node,

@@ -15,7 +15,7 @@ import (
 const (
 	phaseImage    = "image"    // until the image is known to be here
 	phaseSnapshot = "snapshot" // a root file system that was not prepared ahead
-	phaseCreate   = "create"   // container and process made, until it is executed
+	phaseCreate   = "create"   // the container made the Function's, until its process is executed
 	phaseProcess  = "process"  // until it listens
 )
 

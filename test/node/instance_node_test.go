@@ -83,6 +83,7 @@ type instanceNode struct {
 	registry  *testRegistry
 	snapshots *snapshotter.Snapshotter
 	image     string // of the function
+	launcher  string // program
 	cgroup    string
 	netns     map[string]bool // those that were there before
 
@@ -115,6 +116,8 @@ func newInstanceNode(t *testing.T) *instanceNode {
 			t.Error(err)
 		}
 	})
+	n.launcher = filepath.Join(t.TempDir(), "launcher")
+	compile(t, n.launcher, "../../runtimes/launcher/main.go")
 	n.image = n.registry.push(t, "functions/hello:1", programImage(t, "function", functionSource))
 	pause := n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
 	n.containerdNode = startContainerd(t, containerdOptions{Snapshotter: n.snapshots, HostsDir: hosts, Config: fmt.Sprintf(`
@@ -135,12 +138,7 @@ func programImage(t *testing.T, name, source string) v1.Image {
 	if err := os.WriteFile(filepath.Join(dir, "main.go"), []byte(source), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", "program", "main.go")
-	build.Dir = dir
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false", "GO111MODULE=off")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	compile(t, filepath.Join(dir, "program"), filepath.Join(dir, "main.go"))
 	program, err := os.ReadFile(filepath.Join(dir, "program"))
 	if err != nil {
 		t.Fatal(err)
@@ -152,6 +150,16 @@ func programImage(t *testing.T, name, source string) v1.Image {
 		t.Fatal(err)
 	}
 	return img
+}
+
+// compile makes a static program of one file, which uses the standard library alone.
+func compile(t *testing.T, program, source string) {
+	t.Helper()
+	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", program, source)
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false", "GO111MODULE=off")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 }
 
 // writeNetwork gives Instances addresses that only this host reaches.
@@ -177,7 +185,7 @@ func (n *instanceNode) startEngine() {
 	}
 	n.engine, err = instance.New(instance.Config{
 		Node: "node-1", Root: filepath.Join(n.Dir, "node"), Address: n.Socket, CgroupParent: n.cgroup,
-		Listens: listens, Logger: n.log,
+		Launcher: n.launcher, Listens: listens, Logger: n.log,
 	})
 	if err != nil {
 		n.t.Fatal(err)

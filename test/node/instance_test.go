@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -227,14 +229,14 @@ func TestInstanceEngineRestart(t *testing.T) {
 	n := newInstanceNode(t)
 	n.create("warm", "serving", "starting")
 	address := n.activate("serving").Instance.Address
-	n.eventually(func() error { // the mark comes after the answer
+	n.eventually(func() error { // the record comes after the answer
 		c, err := n.Client.LoadContainer(n.context(t), "serving.fn")
 		if err != nil {
 			return err
 		}
 		labels, err := c.Labels(n.context(t))
-		if err == nil && labels["hearth.dev/serving"] == "" {
-			err = errors.New("it is not marked")
+		if err == nil && labels["hearth.dev/claim"] == "" {
+			err = errors.New("it is not recorded")
 		}
 		return err
 	})
@@ -246,7 +248,21 @@ func TestInstanceEngineRestart(t *testing.T) {
 		}))
 		begun <- err
 	}()
-	n.eventually(func() error { _, err := n.Client.LoadContainer(n.context(t), "starting.fn"); return err })
+	n.eventually(func() error {
+		c, err := n.Client.LoadContainer(n.context(t), "starting.fn")
+		if err != nil {
+			return err
+		}
+		task, err := c.Task(n.context(t), nil)
+		if err != nil {
+			return err
+		}
+		program, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", task.Pid()))
+		if err == nil && filepath.Base(program) == "launcher" {
+			err = errors.New("it still waits")
+		}
+		return err
+	})
 	n.stop()
 	if err := <-begun; err == nil {
 		t.Error("an activation that was cut off was answered")

@@ -114,7 +114,9 @@ func (d *deployment) takeContainers(ctx context.Context, i *inventory) error {
 	}
 	for _, c := range list {
 		i.containers[c.ID] = c.Labels
-		i.snapshotOf[c.SnapshotKey] = true
+		if c.SnapshotKey != "" { // one that waits for a Function has none
+			i.snapshotOf[c.SnapshotKey] = true
+		}
 	}
 	return nil
 }
@@ -213,14 +215,14 @@ func (i *inventory) containerProblems() (out []string) {
 			out = append(out, fmt.Sprintf("container %s is of no instance that is known: %v", id, labels))
 		case seen[instance]:
 			out = append(out, fmt.Sprintf("instance %s has a second container %s", instance, id))
-		case inst.GetState() != hearthv1.State_STATE_SERVING || inst.GetClaim().GetId() != labels[labelClaim]:
+		case inst.GetClaim().GetId() != labels[labelClaim]:
 			out = append(out, fmt.Sprintf("container %s has claim %q, its instance is %s with claim %q", id, labels[labelClaim], inst.GetState(), inst.GetClaim().GetId()))
 		}
 		seen[instance] = true
 	}
 	for id, inst := range i.instances {
-		if inst.GetState() == hearthv1.State_STATE_SERVING && !seen[id] {
-			out = append(out, fmt.Sprintf("instance %s serves without a container", id))
+		if !seen[id] {
+			out = append(out, fmt.Sprintf("instance %s is %s without a container", id, inst.GetState()))
 		}
 	}
 	return out
@@ -263,10 +265,9 @@ func (i *inventory) mountProblems() (out []string) {
 	namespaces := 0
 	for _, point := range i.mounts {
 		dir, kind := filepath.Base(filepath.Dir(point)), filepath.Base(point)
-		_, container := i.containers[dir]
 		_, sandbox := i.sandboxes[dir]
 		switch {
-		case kind == "rootfs" && container, kind == "shm" && sandbox:
+		case sandbox && (kind == "rootfs" || kind == "shm"): // a Function's root file system is mounted where nobody sees it
 		case dir == "netns":
 			namespaces++
 		default:

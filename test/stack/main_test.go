@@ -44,7 +44,7 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// build compiles the daemons and the probe, and makes the images.
+// build compiles the daemons, the launcher and the probe, and makes the images.
 func build(ctx context.Context, dir string) (*workshop, error) {
 	top, err := filepath.Abs(filepath.Join("..", ".."))
 	if err != nil {
@@ -64,11 +64,11 @@ func build(ctx context.Context, dir string) (*workshop, error) {
 	if _, err := os.Stat(filepath.Join(w.tools, "containerd")); err != nil {
 		return nil, fmt.Errorf("%w: run `make tools`, or name their folder in HEARTH_TOOLS", err)
 	}
-	var daemons []string
+	programs := []string{"./runtimes/launcher"}
 	for _, name := range []string{"nodeagent", "poolmanager", "gateway", "hearth"} {
-		daemons = append(daemons, "./cmd/"+name)
+		programs = append(programs, "./cmd/"+name)
 	}
-	if err := compile(ctx, top, append([]string{"-o", dir + "/"}, daemons...)...); err != nil {
+	if err := compile(ctx, top, append([]string{"-o", dir + "/"}, programs...)...); err != nil {
 		return nil, err
 	}
 	if err := compile(ctx, top, "-o", w.probe, "./test/stack/testdata/probe/main.go"); err != nil {

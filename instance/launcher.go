@@ -1,0 +1,193 @@
+package instance
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// Paths in a launcher's root file system.
+const (
+	launcherProgram = "/launcher"
+	launcherControl = "/control"  // of the directory with its socket, which is one of the Instance's
+	launcherGraft   = "/function" // where the Function's root file system is mounted for a moment
+	launcherSocket  = "launch.sock"
+)
+
+const (
+	// launcherTime bounds the wait for a launcher that was started to listen.
+	launcherTime = 10 * time.Second
+	// maxReason bounds what a launcher says of its failure.
+	maxReason = 4 << 10
+)
+
+// writeLauncherRoot makes the root file system that all launchers run in: the program and places for mounts. It is named after
+// the program's version, so that those that run keep theirs.
+func writeLauncherRoot(root, program string) (string, error) {
+	info, err := os.Stat(program)
+	if err != nil {
+		return "", fmt.Errorf("launcher: %w; `make build` compiles it beside nodeagent", err)
+	}
+	dir := filepath.Join(root, "launcher-"+strconv.FormatInt(info.ModTime().UnixNano(), 36))
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	made, err := os.MkdirTemp(root, "launcher.")
+	if err != nil {
+		return "", fmt.Errorf("launcher: %w", err)
+	}
+	if err := fillLauncherRoot(made, program); err != nil {
+		return "", errors.Join(fmt.Errorf("launcher: %w", err), os.RemoveAll(made))
+	}
+	if err := os.Rename(made, dir); err != nil {
+		return "", errors.Join(fmt.Errorf("launcher: %w", err), os.RemoveAll(made))
+	}
+	return dir, nil
+}
+
+// cleanLauncherRoots removes those of former versions when no Instance can be in one of them.
+func (e *Engine) cleanLauncherRoots() error {
+	if len(e.all()) > 0 || e.launcherRoot == "" {
+		return nil
+	}
+	found, err := filepath.Glob(filepath.Join(e.cfg.Root, "launcher*"))
+	for _, dir := range found {
+		if dir != e.launcherRoot {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}
+	return err
+}
+
+func fillLauncherRoot(dir, program string) error {
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return err
+	}
+	for _, place := range []string{launcherControl, launcherGraft, "etc"} {
+		if err := os.Mkdir(filepath.Join(dir, place), 0o755); err != nil {
+			return err
+		}
+	}
+	for _, m := range carried {
+		path := filepath.Join(dir, m.path)
+		if m.file {
+			if err := os.WriteFile(path, nil, 0o644); err != nil {
+				return err
+			}
+		} else if err := os.Mkdir(path, 0o755); err != nil {
+			return err
+		}
+	}
+	text, err := os.ReadFile(program)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, launcherProgram), text, 0o755)
+}
+
+// taskLauncher is the launcher of a real container.
+type taskLauncher struct {
+	conn      *net.UnixConn
+	namespace *os.File // the container's mounts
+}
+
+// findLauncher connects to the launcher that is the process pid, if that is what it still is.
+func findLauncher(ctx context.Context, pid uint32, control string) (*taskLauncher, error) {
+	proc := "/proc/" + strconv.FormatUint(uint64(pid), 10)
+	namespace, err := os.Open(namespacePath(pid, "mnt"))
+	if err != nil {
+		return nil, fmt.Errorf("launcher: %w", err)
+	}
+	conn, err := dialLauncher(ctx, control)
+	if err != nil {
+		return nil, errors.Join(err, namespace.Close())
+	}
+	l := &taskLauncher{conn: conn, namespace: namespace}
+	program, err := os.Stat(proc + "/root" + launcherProgram)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("launcher: it has another root: %w: %w", err, errdefs.ErrFailedPrecondition), l.Close())
+	}
+	runs, err := os.Stat(proc + "/exe")
+	if err != nil || !os.SameFile(program, runs) {
+		return nil, errors.Join(fmt.Errorf("launcher: it runs something else: %w", errdefs.ErrFailedPrecondition), l.Close())
+	}
+	return l, nil
+}
+
+// awaitLauncher is findLauncher for one that was only just started.
+func awaitLauncher(ctx context.Context, pid uint32, control string) (*taskLauncher, error) {
+	ctx, cancel := context.WithTimeout(ctx, launcherTime)
+	defer cancel()
+	for delay := 2 * time.Millisecond; ; delay = min(2*delay, 50*time.Millisecond) {
+		l, err := findLauncher(ctx, pid, control)
+		if err == nil || !sleep(ctx, delay) {
+			return l, err
+		}
+	}
+}
+
+// dialLauncher reaches the socket through its directory, because the path of a socket has at most 107 bytes.
+func dialLauncher(ctx context.Context, control string) (*net.UnixConn, error) {
+	dir, err := os.OpenFile(control, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("launcher: %w", err)
+	}
+	defer dir.Close()
+	path := "/proc/self/fd/" + strconv.Itoa(int(dir.Fd())) + "/" + launcherSocket
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("launcher: %w", err)
+	}
+	return conn.(*net.UnixConn), nil
+}
+
+// process is what the launcher is told to become; see runtimes/launcher.
+type process struct {
+	Args   []string `json:"args"`
+	Env    []string `json:"env"`
+	Cwd    string   `json:"cwd"`
+	UID    uint32   `json:"uid"`
+	GID    uint32   `json:"gid"`
+	Groups []uint32 `json:"groups"`
+}
+
+// Launch implements launcher.
+func (l *taskLauncher) Launch(ctx context.Context, root rootfs, p *specs.Process) error {
+	message, err := json.Marshal(process{
+		Args: p.Args, Env: p.Env, Cwd: p.Cwd, UID: p.User.UID, GID: p.User.GID, Groups: p.User.AdditionalGids,
+	})
+	if err != nil {
+		return fmt.Errorf("launch: %w", err)
+	}
+	if err := graft(l.namespace, root.Tree); err != nil {
+		return fmt.Errorf("root file system: %w", err)
+	}
+	defer context.AfterFunc(ctx, func() { _ = l.conn.SetDeadline(time.Unix(1, 0)) })() // what waits ends; a closed one needs no end
+	if _, err := l.conn.Write(message); err != nil {
+		return fmt.Errorf("launch: %w", err)
+	}
+	reason, err := io.ReadAll(io.LimitReader(l.conn, maxReason))
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("launch: %w", ctx.Err())
+	case len(reason) > 0:
+		return fmt.Errorf("launch: %s", reason)
+	case err != nil && !errors.Is(err, unix.ECONNRESET): // the process ended at once, before it had read all
+		return fmt.Errorf("launch: %w", err)
+	}
+	return nil
+}
+
+// Close implements launcher.
+func (l *taskLauncher) Close() error { return errors.Join(l.conn.Close(), l.namespace.Close()) }

@@ -1,0 +1,136 @@
+// Command launcher is process 1 of a container that was made before anyone knew what would run in it. It waits on a socket until
+// it is told; by then the root file system around it has been exchanged for the Function's, and it executes the Function's
+// process in its own place: same process, same namespaces, same cgroup.
+//
+// Whoever connects sends one JSON object, Process of package instance. The launcher answers with the reason if it cannot execute
+// it and ends; otherwise the connection closes without a word, because it is not inherited. A connection that closes before it
+// has said anything changes nothing: another may come.
+//
+// It uses nothing but the standard library, and little of it: every warm Instance has one in memory.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+)
+
+// process is what to become.
+type process struct {
+	Args   []string `json:"args"`
+	Env    []string `json:"env"`
+	Cwd    string   `json:"cwd"`
+	UID    int      `json:"uid"`
+	GID    int      `json:"gid"`
+	Groups []int    `json:"groups"`
+}
+
+func main() {
+	if len(os.Args) != 2 {
+		fmt.Fprintln(os.Stderr, "usage: launcher SOCKET")
+		os.Exit(2)
+	}
+	if err := serve(os.Args[1]); err != nil {
+		fmt.Fprintln(os.Stderr, "launcher:", err)
+		os.Exit(1)
+	}
+}
+
+// serve returns only if it fails.
+func serve(path string) error {
+	listener, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("make socket: %w", err)
+	}
+	if err := syscall.Bind(listener, &syscall.SockaddrUnix{Name: path}); err != nil {
+		return fmt.Errorf("bind %s: %w", path, err)
+	}
+	if err := syscall.Listen(listener, 1); err != nil {
+		return fmt.Errorf("listen on %s: %w", path, err)
+	}
+	for {
+		fd, _, err := syscall.Accept4(listener, syscall.SOCK_CLOEXEC)
+		if errors.Is(err, syscall.EINTR) || errors.Is(err, syscall.ECONNABORTED) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("accept on %s: %w", path, err)
+		}
+		conn := os.NewFile(uintptr(fd), path)
+		if err := launch(conn); err != nil {
+			_, _ = io.WriteString(conn, err.Error()) // nobody else could be told
+			return err
+		}
+		_ = conn.Close() // it was only read from
+	}
+}
+
+// launch returns nil if the connection said nothing.
+func launch(conn io.Reader) error {
+	var p process
+	err := json.NewDecoder(conn).Decode(&p)
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read what to launch: %w", err)
+	}
+	if len(p.Args) == 0 {
+		return errors.New("nothing to launch")
+	}
+	if err := enter(p); err != nil {
+		return err
+	}
+	program, err := find(p)
+	if err != nil {
+		return err
+	}
+	if err := syscall.Exec(program, p.Args, p.Env); err != nil {
+		return fmt.Errorf("execute %s: %w", program, err)
+	}
+	return nil
+}
+
+// enter becomes the user that the process runs as, in its directory, which is made if the image has none.
+func enter(p process) error {
+	if err := os.MkdirAll(p.Cwd, 0o755); err != nil {
+		return fmt.Errorf("working directory: %w", err)
+	}
+	for fd := range 3 { // so that a process that is not root's can open /dev/stdout
+		_ = syscall.Fchown(fd, p.UID, p.GID) // refused for /dev/null, which needs it not
+	}
+	if err := syscall.Setgroups(p.Groups); err != nil {
+		return fmt.Errorf("set groups %v: %w", p.Groups, err)
+	}
+	if err := syscall.Setgid(p.GID); err != nil {
+		return fmt.Errorf("set group %d: %w", p.GID, err)
+	}
+	if err := syscall.Setuid(p.UID); err != nil {
+		return fmt.Errorf("set user %d: %w", p.UID, err)
+	}
+	if err := os.Chdir(p.Cwd); err != nil {
+		return fmt.Errorf("working directory: %w", err)
+	}
+	return nil
+}
+
+// find looks the program up as a shell would, in the PATH that the process is to have.
+func find(p process) (string, error) {
+	for _, entry := range p.Env {
+		if path, ok := strings.CutPrefix(entry, "PATH="); ok {
+			if err := os.Setenv("PATH", path); err != nil {
+				return "", fmt.Errorf("set PATH: %w", err)
+			}
+		}
+	}
+	program, err := exec.LookPath(p.Args[0])
+	if err != nil && !errors.Is(err, exec.ErrDot) {
+		return "", err
+	}
+	return program, nil
+}
