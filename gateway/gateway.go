@@ -22,7 +22,8 @@ type Gateway struct {
 	strangers  *functionMetrics // requests that lead to no Function
 	table      *table
 	dispatcher *dispatcher
-	urgent     chan struct{}       // holds one: the reporter has something to send at once
+	urgent     chan struct{}       // holds one: the reporter has load to send at once
+	news       chan struct{}       // holds one: the reporter has something to acknowledge at once
 	bodies     *semaphore.Weighted // bytes of bodies that are held while their requests wait
 	buffers    *bufferPool
 	errorLog   *log.Logger
@@ -40,11 +41,11 @@ func New(c Config) (*Gateway, error) {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)
 	}
 	g := &Gateway{
-		config: c, metrics: m, strangers: m.function(""), dispatcher: newDispatcher(), urgent: make(chan struct{}, 1),
+		config: c, metrics: m, strangers: m.function(""), dispatcher: newDispatcher(), urgent: make(chan struct{}, 1), news: make(chan struct{}, 1),
 		bodies: semaphore.NewWeighted(maxHeldBytes), buffers: newBufferPool(),
 		errorLog: slog.NewLogLogger(c.Logger.Handler(), slog.LevelDebug),
 	}
-	g.table = newTable(&g.config, m, g.dispatcher.wake, g.hurry)
+	g.table = newTable(&g.config, m, g.dispatcher.wake, g.hurry, g.tell)
 	return g, nil
 }
 

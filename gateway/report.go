@@ -14,8 +14,8 @@ const (
 	urgentInterval = 20 * time.Millisecond // between reports of first requests
 )
 
-// report sends load each second, and at once for the first request of an idle Function, until ctx is done. One after the
-// other: poolmanager must not see an older sample after a newer one.
+// report sends load each second, and at once for the first request of an idle Function and to acknowledge events, until ctx is
+// done. One after the other: poolmanager must not see an older sample after a newer one.
 func (g *Gateway) report(ctx context.Context) {
 	tick := time.NewTicker(reportInterval)
 	defer tick.Stop()
@@ -25,19 +25,28 @@ func (g *Gateway) report(ctx context.Context) {
 			return
 		case <-tick.C:
 			g.send(ctx, false)
+			continue
 		case <-g.urgent:
 			g.send(ctx, true)
-			if !sleep(ctx, urgentInterval) {
-				return
-			}
+		case <-g.news:
+			g.send(ctx, false)
+		}
+		if !sleep(ctx, urgentInterval) {
+			return
 		}
 	}
 }
 
 // hurry has the reporter look for urgent load.
-func (g *Gateway) hurry() {
+func (g *Gateway) hurry() { signal(g.urgent) }
+
+// tell has the reporter acknowledge events: whoever deploys a Function waits until gateways know of it, and an Instance is drained
+// once they know of that.
+func (g *Gateway) tell() { signal(g.news) }
+
+func signal(c chan<- struct{}) {
 	select {
-	case g.urgent <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -46,7 +55,10 @@ func (g *Gateway) hurry() {
 func (g *Gateway) send(ctx context.Context, urgentOnly bool) {
 	ctx, cancel := context.WithTimeout(ctx, reportTime)
 	defer cancel()
-	req := &hearthv1.ReportRequest{Subscriber: g.config.Name, Version: g.table.ack()} // before any load is read
+	req := &hearthv1.ReportRequest{Subscriber: g.config.Name}
+	if !urgentOnly { // what is left out would count as idle, and its Instances as drained
+		req.Version = g.table.ack() // before any load is read
+	}
 	type reading struct {
 		function *function
 		sample   sample

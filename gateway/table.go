@@ -21,6 +21,7 @@ type table struct {
 	metrics *metrics
 	wake    func(*function)
 	hurry   func()
+	tell    func()
 	synced  chan struct{} // closed at the end of the first opening list
 
 	mu         sync.RWMutex // guards everything below; taken before a function's
@@ -35,9 +36,9 @@ type table struct {
 	isSynced   bool                 // synced is closed
 }
 
-func newTable(c *Config, m *metrics, wake func(*function), hurry func()) *table {
+func newTable(c *Config, m *metrics, wake func(*function), hurry, tell func()) *table {
 	return &table{
-		config: c, log: c.Logger, metrics: m, wake: wake, hurry: hurry, synced: make(chan struct{}),
+		config: c, log: c.Logger, metrics: m, wake: wake, hurry: hurry, tell: tell, synced: make(chan struct{}),
 		functions: map[string]*function{}, tombstones: map[string]int64{},
 		wants: map[string][]string{}, hosts: map[string]*function{},
 	}
@@ -111,7 +112,7 @@ func (t *table) apply(e *hearthv1.Endpoints, now time.Time) {
 	}
 	t.newest = max(t.newest, e.GetVersion())
 	if t.opening == nil {
-		defer func() { t.acked = t.newest }()
+		defer func() { t.acked = t.newest; t.tell() }()
 	}
 	f := t.functions[name]
 	switch {
@@ -147,6 +148,7 @@ func (t *table) sync(now time.Time) {
 	}
 	t.opening = nil
 	t.acked = t.newest
+	t.tell()
 	if !t.isSynced {
 		t.isSynced = true
 		close(t.synced)

@@ -130,3 +130,30 @@ func TestDeleteWhileServing(t *testing.T) {
 		t.Errorf("in flight: %d", a.status)
 	}
 }
+
+// A report that acknowledges a version names every request in flight: what it left out would count as idle, and its Instance could
+// be discarded with a request in it. The first request of another Function makes a report that leaves out the rest.
+func TestUrgentReportsAcknowledgeNothing(t *testing.T) {
+	w := newWorld(t, loopback{t}, nil)
+	hold, entered := make(chan struct{}), make(chan struct{}, 1)
+	busy, _ := w.instance(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { entered <- struct{}{}; <-hold }))
+	w.deploy("busy", &hearthv1.Scaling{Concurrency: 1, Max: 1}, time.Minute, busy)
+	idle, _ := w.instance(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	w.deploy("idle", &hearthv1.Scaling{Concurrency: 1, Max: 1}, time.Minute, idle)
+	answered := make(chan answer, 1)
+	go func() { answered <- w.get("/fn/busy") }()
+	<-entered
+	version := w.pool.set("busy", func(*hearthv1.Endpoints) {})
+	w.pool.awaitReport(t, func(r *hearthv1.ReportRequest) bool { return r.GetVersion() >= version })
+	if a := w.get("/fn/idle"); a.status != 200 {
+		t.Fatalf("idle: %d", a.status)
+	}
+	w.pool.awaitReport(t, func(r *hearthv1.ReportRequest) bool {
+		if r.GetVersion() >= version && loadOf(r, "busy").GetInFlight()[busy.GetId()] != 1 {
+			t.Errorf("version %d is acknowledged without the request in flight", r.GetVersion())
+		}
+		return loadOf(r, "idle").GetRequests() > 0
+	})
+	close(hold)
+	<-answered
+}

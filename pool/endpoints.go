@@ -132,12 +132,52 @@ func (m *Manager) Acknowledge(name string, version int64, inFlight map[string]in
 		return
 	}
 	s.version, s.inFlight = version, inFlight
+	close(m.acknowledged)
+	m.acknowledged = make(chan struct{})
 	for _, i := range m.instances {
 		if i.drain != nil && i.discard == nil {
 			m.step(time.Now())
 			return
 		}
 	}
+}
+
+// knownTime bounds how long an Apply waits for gateways: one that hangs must not keep a Function from being deployed.
+const knownTime = 2 * time.Second
+
+// awaitKnown waits until every gateway that watches acts upon what a Function is now, so that whoever deployed it can ask for it
+// at once.
+func (m *Manager) awaitKnown(ctx context.Context, name string) {
+	ctx, cancel := context.WithTimeout(ctx, knownTime)
+	defer cancel()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f := m.functions[name]
+	if f == nil {
+		return
+	}
+	for version := f.version; !m.actUpon(version); { // not f's latest: it changes with each of its Instances
+		more := m.acknowledged
+		m.mu.Unlock()
+		select {
+		case <-more:
+		case <-ctx.Done():
+		}
+		m.mu.Lock()
+		if ctx.Err() != nil {
+			return
+		}
+	}
+}
+
+// actUpon tells whether every gateway that watches has acknowledged a version.
+func (m *Manager) actUpon(version int64) bool {
+	for _, s := range m.subscribers {
+		if s.lost.IsZero() && s.version < version {
+			return false
+		}
+	}
+	return true
 }
 
 // publish sends an Endpoints event for each Function that changed.

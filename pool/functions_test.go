@@ -72,6 +72,35 @@ func TestApplyPreparesAndPins(t *testing.T) {
 	})
 }
 
+// TestApplyWaitsForGateways deploys while one gateway hears of it late, another never, and a third is gone.
+func TestApplyWaitsForGateways(t *testing.T) {
+	bubble(t, func(t *testing.T, _ *fakeNode, m *running) {
+		prompt, gone := m.gateway("prompt"), m.gateway("gone")
+		gone.leave()
+		defer prompt.leave()
+		acknowledged := make(chan time.Time, 1)
+		go func() {
+			for prompt.at() == 0 {
+				time.Sleep(time.Millisecond)
+			}
+			time.Sleep(300 * time.Millisecond)
+			m.Acknowledge("prompt", prompt.at(), nil)
+			acknowledged <- time.Now()
+		}()
+		m.apply("hello", nil)
+		if at := <-acknowledged; !time.Now().Equal(at) {
+			t.Errorf("Apply answered %s after the gateway's word", time.Since(at))
+		}
+		silent := m.gateway("silent")
+		defer silent.leave()
+		begin := time.Now()
+		m.apply("other", nil)
+		if took := time.Since(begin); took != 2*time.Second {
+			t.Errorf("a gateway that hangs held up Apply for %s", took)
+		}
+	})
+}
+
 func TestRollOut(t *testing.T) {
 	bubble(t, func(t *testing.T, n *fakeNode, m *running) {
 		m.apply("hello", nil)
@@ -80,8 +109,9 @@ func TestRollOut(t *testing.T) {
 		g := m.gateway("g")
 		defer g.leave()
 		n.on(func() { n.activateTime = 5 * time.Second })
+		begin := time.Now()
 		m.apply("hello", func(s *hearthv1.FunctionSpec) { s.Env = map[string]string{"A": "1"} })
-		time.Sleep(4 * time.Second)
+		time.Sleep(4*time.Second - time.Since(begin)) // the gateway acknowledges nothing, for which Apply waits a little
 		if got := g.serving("hello"); len(got) != 2 {
 			t.Errorf("%d serve while the new revision starts, want the 2 old ones", len(got))
 		}

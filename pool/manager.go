@@ -83,21 +83,22 @@ type Manager struct {
 	wake    chan struct{} // of capacity one: there are actions, or an earlier alarm
 	applies sync.Mutex    // held over the store's writes, so that they have one order; taken before mu
 
-	mu          sync.Mutex // guards what follows and all that it leads to; never held over I/O
-	running     bool
-	closed      bool
-	fatal       error
-	actions     []func(context.Context)
-	alarm       time.Time // when to step again; zero is never
-	version     int64     // of the last Endpoints event
-	nodes       map[string]*node
-	functions   map[string]*function
-	serials     map[string]int64
-	tombstones  map[string]int64 // versions of the events that deleted Functions
-	instances   map[string]*instance
-	queue       []*allocation // that have no Instance, in the order in which they came
-	allocations map[string]*allocation
-	subscribers map[string]*subscriber
+	mu           sync.Mutex // guards what follows and all that it leads to; never held over I/O
+	running      bool
+	closed       bool
+	fatal        error
+	actions      []func(context.Context)
+	alarm        time.Time // when to step again; zero is never
+	version      int64     // of the last Endpoints event
+	nodes        map[string]*node
+	functions    map[string]*function
+	serials      map[string]int64
+	tombstones   map[string]int64 // versions of the events that deleted Functions
+	instances    map[string]*instance
+	queue        []*allocation // that have no Instance, in the order in which they came
+	allocations  map[string]*allocation
+	subscribers  map[string]*subscriber
+	acknowledged chan struct{} // closed, and another made, whenever one has acknowledged
 }
 
 // New begins a term and reads the store. The Manager does nothing before Run.
@@ -120,7 +121,7 @@ func New(c Config) (*Manager, error) {
 		version: epoch << 32,
 		nodes:   map[string]*node{}, functions: map[string]*function{}, serials: map[string]int64{},
 		tombstones: map[string]int64{}, instances: map[string]*instance{}, allocations: map[string]*allocation{},
-		subscribers: map[string]*subscriber{},
+		subscribers: map[string]*subscriber{}, acknowledged: make(chan struct{}),
 	}
 	m.metrics = newMetrics(c.Registerer, m)
 	now := time.Now()

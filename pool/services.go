@@ -115,6 +115,7 @@ func (m *Manager) Apply(ctx context.Context, req *connect.Request[hearthv1.Apply
 	if err := m.apply(name, spec); err != nil {
 		return nil, err
 	}
+	m.awaitKnown(ctx, name)
 	if req.Msg.GetPrepare() {
 		if err := m.awaitPrepared(ctx, name); err != nil {
 			return nil, err

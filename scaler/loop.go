@@ -104,7 +104,9 @@ func (l *Loop) Report(_ context.Context, req *connect.Request[hearthv1.ReportReq
 		return nil, err
 	}
 	l.metrics.reports.WithLabelValues("ok").Inc()
-	l.pool.Acknowledge(r.GetSubscriber(), r.GetVersion(), inFlight(r))
+	if r.GetVersion() > 0 {
+		l.pool.Acknowledge(r.GetSubscriber(), r.GetVersion(), inFlight(r))
+	}
 	if len(woken) > 0 {
 		l.wake(now, woken)
 	}

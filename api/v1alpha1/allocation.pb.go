@@ -469,7 +469,8 @@ func (x *Endpoints) GetInstances() []*Instance {
 type ReportRequest struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Subscriber string                 `protobuf:"bytes,1,opt,name=subscriber,proto3" json:"subscriber,omitempty"`
-	// Version of the newest Endpoints event that this gateway acts upon.
+	// Version of the newest Endpoints event that this gateway acts upon. With it the loads are those of all Functions that have
+	// requests. 0 acknowledges nothing, and the loads may be some only.
 	Version       int64   `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
 	Loads         []*Load `protobuf:"bytes,3,rep,name=loads,proto3" json:"loads,omitempty"`
 	unknownFields protoimpl.UnknownFields

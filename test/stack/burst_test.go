@@ -32,7 +32,7 @@ func TestBurst(t *testing.T) {
 	var asked sync.WaitGroup
 	for range requests {
 		asked.Go(func() {
-			a, err := d.web.getNew(ctx, "burst", "/busy?ms=100")
+			a, err := d.web.get(ctx, "burst", "/busy?ms=100")
 			if err != nil || a.code != http.StatusOK {
 				t.Errorf("answer %d %s, error %v", a.code, a.body, err)
 				return

@@ -40,7 +40,7 @@ func TestEndsWithoutATrace(t *testing.T) {
 		if err := d.deploy(t, "big", big, false); err != nil {
 			t.Fatal(err)
 		}
-		asked.Go(func() { _, _ = d.web.getNew(ctx, "big", "/") })
+		asked.Go(func() { _, _ = d.web.get(ctx, "big", "/") })
 		for end := time.Now().Add(longStart); time.Now().Before(end); time.Sleep(time.Millisecond) {
 			if staged, err := os.ReadDir(d.snapshotterDir("staging")); err == nil && len(staged) > 0 {
 				break

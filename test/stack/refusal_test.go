@@ -51,7 +51,7 @@ func TestRefusals(t *testing.T) {
 			s.Scaling = &hearthv1.Scaling{Concurrency: 1, Max: 1, Queue: 1}
 		})
 		defer d.remove(t, "narrow")
-		if a, err := d.web.getNew(t.Context(), "narrow", "/busy?ms=0"); err != nil || a.code != http.StatusOK {
+		if a, err := d.web.get(t.Context(), "narrow", "/busy?ms=0"); err != nil || a.code != http.StatusOK {
 			t.Fatalf("answer %d %s, error %v", a.code, a.body, err)
 		}
 		var mu sync.Mutex // guards answers
@@ -80,19 +80,19 @@ func TestRefusals(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer d.remove(t, "missing")
-		a, err := d.web.getNew(t.Context(), "missing", "/")
+		a, err := d.web.get(t.Context(), "missing", "/")
 		refused(t, a, err, http.StatusServiceUnavailable, true, "missing", image)
 	})
 	t.Run("process ends at once", func(t *testing.T) {
 		d.mustDeploy(t, "falls", falls)
 		defer d.remove(t, "falls")
-		a, err := d.web.getNew(t.Context(), "falls", "/")
+		a, err := d.web.get(t.Context(), "falls", "/")
 		refused(t, a, err, http.StatusServiceUnavailable, true, "falls", "7", "probe: out of coal")
 	})
 	t.Run("answer comes too late", func(t *testing.T) {
 		d.mustDeploy(t, "slow", probe, func(s *hearthv1.FunctionSpec) { s.Timeout = durationpb.New(time.Second) })
 		defer d.remove(t, "slow")
-		if a, err := d.web.getNew(t.Context(), "slow", "/busy?ms=0"); err != nil || a.code != http.StatusOK {
+		if a, err := d.web.get(t.Context(), "slow", "/busy?ms=0"); err != nil || a.code != http.StatusOK {
 			t.Fatalf("answer %d %s, error %v", a.code, a.body, err)
 		}
 		began := time.Now()

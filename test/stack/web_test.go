@@ -47,22 +47,12 @@ func (w *web) get(ctx context.Context, function, path string) (answer, error) {
 	return answer{res.StatusCode, string(body), res.Header}, err
 }
 
-// getNew asks a Function that was deployed a moment ago: gateways hear of it a moment after its deployer does.
-func (w *web) getNew(ctx context.Context, function, path string) (answer, error) {
-	for end := time.Now().Add(2 * time.Second); ; nap(ctx, 5*time.Millisecond) {
-		a, err := w.get(ctx, function, path)
-		if err != nil || a.code != http.StatusNotFound || time.Now().After(end) {
-			return a, err
-		}
-	}
-}
-
 // errAnswer says that an answer came, and it was not the right one.
 var errAnswer = errors.New("wrong answer")
 
 // ask has a Function say its name.
 func (w *web) ask(ctx context.Context, function string) error {
-	a, err := w.getNew(ctx, function, "/env?name=ANSWER")
+	a, err := w.get(ctx, function, "/env?name=ANSWER")
 	if err != nil {
 		return err
 	}
