@@ -8,6 +8,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -161,8 +162,19 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 			}
 		}
 		e.limitCPU(i.id, a.revision.GetResources().GetCpuMillis())
+		e.started(i)
 	})
 	e.metrics.prepared.Set(float64(e.shelf.count()))
+}
+
+// started tells who wants to know what a start needs.
+func (e *Engine) started(i *instance) {
+	i.mu.Lock()
+	image, launcher := i.chainID, i.launcher
+	i.mu.Unlock()
+	if e.cfg.Prefetch != nil && launcher != nil {
+		e.cfg.Prefetch.Started(digest.Digest(image), launcher.Pid())
+	}
 }
 
 // record has containerd know what an Instance serves. Until then a restarted engine would discard it: a claim that its caller has

@@ -68,6 +68,8 @@ type launcher interface {
 	// Launch gives the container another root file system and executes the process there, in the launcher's place. After an
 	// error the container is good for nothing.
 	Launch(ctx context.Context, root rootfs, p *specs.Process) error
+	// Pid is that of the launcher, and then of the Function's process.
+	Pid() uint32
 	// Close lets go of it; it waits on.
 	Close() error
 }

@@ -38,6 +38,7 @@ type fake struct {
 	started    int
 	listens    bool
 	exits      chan instance.Exit
+	prefetch   instance.Prefetcher
 	onLaunch   func(ctx context.Context) error
 }
 
@@ -168,6 +169,8 @@ func (l *fakeLauncher) Launch(ctx context.Context, _ instance.Rootfs, p *specs.P
 	})
 }
 
+func (*fakeLauncher) Pid() uint32 { return 1 }
+
 func (*fakeLauncher) Close() error { return nil }
 
 func (f *fake) StopTask(_ context.Context, id string, _ time.Duration) error {
@@ -244,6 +247,7 @@ func runUntil(t *testing.T, f *fake) (*instance.Engine, func()) {
 	t.Helper()
 	e, err := instance.NewWithBackend(instance.Config{
 		Node: "node", Root: t.TempDir(), Address: "/none", CgroupParent: "/hearth-fake", ResolvConf: "/none", Dial: f.dial,
+		Prefetch: f.prefetch,
 	}, f)
 	if err != nil {
 		t.Fatal(err)

@@ -98,6 +98,7 @@ func fillLauncherRoot(dir, program string) error {
 
 // taskLauncher is the launcher of a real container.
 type taskLauncher struct {
+	pid       uint32
 	conn      *net.UnixConn
 	namespace *os.File // the container's mounts
 }
@@ -113,7 +114,7 @@ func findLauncher(ctx context.Context, pid uint32, control string) (*taskLaunche
 	if err != nil {
 		return nil, errors.Join(err, namespace.Close())
 	}
-	l := &taskLauncher{conn: conn, namespace: namespace}
+	l := &taskLauncher{pid: pid, conn: conn, namespace: namespace}
 	program, err := os.Stat(proc + "/root" + launcherProgram)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("launcher: it has another root: %w: %w", err, errdefs.ErrFailedPrecondition), l.Close())
@@ -188,6 +189,9 @@ func (l *taskLauncher) Launch(ctx context.Context, root rootfs, p *specs.Process
 	}
 	return nil
 }
+
+// Pid implements launcher.
+func (l *taskLauncher) Pid() uint32 { return l.pid }
 
 // Close implements launcher.
 func (l *taskLauncher) Close() error { return errors.Join(l.conn.Close(), l.namespace.Close()) }

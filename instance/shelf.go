@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 )
 
 // snapshotPrefix begins the keys of prepared snapshots.
@@ -22,6 +23,7 @@ const prepareTime = time.Minute
 type shelf struct {
 	backend snapshots
 	library *library
+	ahead   Prefetcher // or nil
 	log     *slog.Logger
 	spawn   func(func(context.Context)) bool
 
@@ -51,8 +53,8 @@ func (s *stock) target() int {
 	return min(n, maxSnapshots)
 }
 
-func newShelf(b snapshots, l *library, log *slog.Logger, spawn func(func(context.Context)) bool) *shelf {
-	return &shelf{backend: b, library: l, log: log, spawn: spawn, stocks: map[shelfKey]*stock{}, busy: map[string]bool{}}
+func newShelf(b snapshots, l *library, ahead Prefetcher, log *slog.Logger, spawn func(func(context.Context)) bool) *shelf {
+	return &shelf{backend: b, library: l, ahead: ahead, log: log, spawn: spawn, stocks: map[shelfKey]*stock{}, busy: map[string]bool{}}
 }
 
 // take returns a snapshot of an image: from the shelf, or prepared now, which is noted in t. The caller removes it in the end and
@@ -201,6 +203,9 @@ func (s *shelf) addOne(ctx context.Context, k *stock) error {
 	ctx, cancel := context.WithTimeout(ctx, prepareTime)
 	defer cancel()
 	r, err := s.prepare(ctx, k.img)
+	if err == nil && s.ahead != nil {
+		s.ahead.ReadAhead(ctx, digest.Digest(k.img.ChainID), r.Tree)
+	}
 	if err == nil && s.put(k, r) {
 		return nil
 	}
