@@ -53,7 +53,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.snapshotterSocket, "snapshotter-socket", "/run/hearth/snapshotter.sock", "Unix socket to serve the snapshotter on")
 	f.StringVar(&o.hostsDir, "hosts-dir", "", "folder of hosts.toml files for registries, as containerd's config_path")
 	f.StringVar(&o.dockerConfig, "docker-config", "", "Docker's config.json with credentials for registries (default: $DOCKER_CONFIG or ~/.docker)")
-	f.Int64Var(&o.memory, "memory-budget", 128<<20, "bytes for layers in flight, half of it for what is fetched and half for what is unpacked")
+	daemon.BytesVar(f, &o.memory, "memory-budget", 128<<20, "memory for layers in flight, half of it for what is fetched and half for what is unpacked")
 	f.Int64Var(&o.limits.MaxBytes, "layer-max-bytes", 0, "refuse a layer that unpacks to more; 0 is the default, 64 GiB")
 	f.Int64Var(&o.limits.MaxRatio, "layer-max-ratio", 0, "refuse a layer that unpacks to so many times its size; 0 is the default, 200")
 	f.Int64Var(&o.limits.MaxEntries, "layer-max-entries", 0, "refuse a layer with more files; 0 is the default, 5 million")
