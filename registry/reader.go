@@ -19,6 +19,8 @@ type reader struct {
 	pos  int        // read bytes of cur
 	off  int64      // read bytes of the blob
 	err  error      // sticky
+
+	closed bool
 }
 
 // Read implements io.Reader.
@@ -68,6 +70,10 @@ func (r *reader) Close() error {
 	if r.err == nil {
 		r.err = fmt.Errorf("read layer %s: %w", r.blob.layer.Digest, io.ErrClosedPipe)
 	}
+	if !r.closed {
+		r.closed = true
+		r.blob.repo.client.budget.open.Add(-1)
+	}
 	r.release()
 	return nil
 }
@@ -93,7 +99,7 @@ func (r *reader) next() ([]byte, error) {
 			return r.cur.buf[r.pos:r.cur.n], nil
 		case r.span != nil:
 			r.nextBlock() // also after the last byte: was it really the last?
-		case r.off == r.blob.layer.Size:
+		case r.off == r.blob.end:
 			r.blob.cancel()
 			r.err = io.EOF
 		default:
@@ -118,12 +124,12 @@ func (r *reader) nextBlock() {
 	blk, ok := <-r.span.out
 	switch {
 	case ok:
-		r.cur, r.pos = blk, 0
+		r.cur, r.pos = blk, blk.skip
 	case r.span.err != nil:
 		r.fail(r.span.err)
 	default:
+		r.blob.done(r.span)
 		r.span = nil
-		r.blob.window <- struct{}{} // never blocks: the span took this token
 	}
 }
 
