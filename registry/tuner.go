@@ -5,12 +5,14 @@ import "time"
 const (
 	// startParallel is moderate: enough for a gigabit where a connection brings 40 MB/s, and what a public registry sees from a
 	// client with default settings.
-	startParallel = 6
+	startParallel = 8
 	// startRangeBytes is the size of a range until more is known, and from then on the least for a link of ordinary speed.
 	startRangeBytes = 4 << 20
 	// epoch is how long a number of requests is watched before it is judged.
 	epoch = 200 * time.Millisecond
-	// maxHold is how many epochs pass between two trials when none has paid for long.
+	// minHold is how many epochs pass before fewer requests are tried, and maxHold how many pass between two trials when none
+	// has paid for long.
+	minHold = 8
 	maxHold = 64
 	// cutHold is how many epochs a host that was too busy is left with the lower limit.
 	cutHold = 50
@@ -22,8 +24,8 @@ const (
 )
 
 // tuner finds out how many requests at once a host is best asked with, and for how much each. It climbs: for an epoch it tries
-// a third more, keeps that if the host brought clearly more, and goes back if not; then it tries fewer, and keeps those if the
-// host brought as much. Between trials that fail it waits longer and longer. An epoch in which nobody would have asked for more
+// a third more, keeps that if the host brought clearly more, and goes back if not; then it tries a few less, and keeps those if
+// the host brought as much. Between trials it waits, longer and longer if they fail. An epoch in which nobody would have asked for more
 // says nothing. (After the probing of TCP's congestion control; the measure is bytes a second, as a registry's limits show in
 // nothing else but answers of 429.)
 //
@@ -89,8 +91,13 @@ func (t *tuner) judge(now time.Time, bytes int64) {
 			t.try(now)
 		}
 	case t.pays(rate):
-		t.base, t.rate, t.pause = t.limit, rate, 1
-		t.try(now)
+		t.base, t.rate = t.limit, rate
+		if t.up {
+			t.pause = 1
+			t.try(now)
+			return
+		}
+		t.trial, t.hold = false, minHold
 	default:
 		t.back(now)
 	}
@@ -100,10 +107,9 @@ func (t *tuner) restart(now time.Time, bytes int64) { t.since, t.begun, t.full =
 
 // try sets the limit for the next epoch.
 func (t *tuner) try(now time.Time) {
-	step := max(t.base/3, 1)
-	t.limit = min(t.base+step, t.max)
+	t.limit = min(t.base+max(t.base/3, 1), t.max)
 	if !t.up {
-		t.limit = max(t.base-step, min(2, t.base))
+		t.limit = max(t.base-max(t.base/8, 1), min(2, t.base))
 	}
 	t.trial = true
 	if t.limit == t.base {
@@ -113,19 +119,22 @@ func (t *tuner) try(now time.Time) {
 	t.settle(now)
 }
 
-// pays says whether the limit on trial is better than base. More requests have to bring a third of what they would if nothing
+// pays says whether the limit on trial is better than base. More requests have to bring a sixth of what they would if nothing
 // but their number was the bound.
 func (t *tuner) pays(rate float64) bool {
 	if !t.up {
-		return rate >= t.rate*0.99
+		return rate >= t.rate
 	}
-	return rate >= t.rate*(1+float64(t.limit-t.base)/float64(3*t.base))
+	return rate >= t.rate*(1+float64(t.limit-t.base)/float64(6*t.base))
 }
 
 // back ends a trial that did not pay. The next goes the other way.
 func (t *tuner) back(now time.Time) {
 	t.limit, t.trial, t.up = t.base, false, !t.up
 	t.hold, t.pause = t.pause, min(2*t.pause, maxHold)
+	if !t.up {
+		t.hold = max(t.hold, minHold)
+	}
 	t.settle(now)
 }
 
