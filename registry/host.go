@@ -90,7 +90,10 @@ func unreachable(err error) bool {
 }
 
 // dialError is matched by what keeps a connection from being made.
-type dialError struct{ error }
+type dialError struct {
+	error
+	took time.Duration // to find out
+}
 
 // Unwrap implements errors.Unwrap.
 func (e *dialError) Unwrap() error { return e.error }
@@ -100,9 +103,10 @@ type dialFunc = func(ctx context.Context, network, address string) (net.Conn, er
 // marked makes the errors of dial known as such.
 func marked(dial dialFunc) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		start := time.Now()
 		c, err := dial(ctx, network, address)
 		if err != nil {
-			return nil, &dialError{err}
+			return nil, &dialError{err, time.Since(start)}
 		}
 		return c, nil
 	}

@@ -14,10 +14,10 @@ import (
 const (
 	// maxAttempts without progress on the last host, which is ten seconds or more
 	// of an outage; a mirror gets fewer, as there is somewhere else to go, and so
-	// does a host that no connection can be made to, as each may take long.
+	// does a host that does not even refuse connections.
 	maxAttempts       = 8
 	maxMirrorAttempts = 2
-	maxDials          = 3
+	slowDial          = 3 * time.Second
 	// maxBusy is how often a busy host may say so: it is asked when it said that
 	// it could be, and each of many ranges may meet with it anew.
 	maxBusy = 20
@@ -57,7 +57,7 @@ func (r *repository) each(ctx context.Context, sites []site, from *atomic.Int32,
 			return nil
 		}
 		if sites[i].last || ctx.Err() != nil {
-			return r.leftOut(ctx, sites, asked, op, after(err, earlier))
+			return r.leftOut(ctx, sites, asked, from, op, after(err, earlier))
 		}
 		r.client.log.Debug("registry host gave up, trying the next", "host", sites[i].Host, "error", err)
 		earlier = err
@@ -66,13 +66,14 @@ func (r *repository) each(ctx context.Context, sites []site, from *atomic.Int32,
 }
 
 // leftOut runs op on the sites that were not asked, because the last has failed
-// with err and they may have recovered.
-func (r *repository) leftOut(ctx context.Context, sites []site, asked []bool, op operation, err error) error {
+// with err and they may have recovered. If one has, all begin there.
+func (r *repository) leftOut(ctx context.Context, sites []site, asked []bool, from *atomic.Int32, op operation, err error) error {
 	for i := range sites {
 		if asked[i] || ctx.Err() != nil || !unreachable(err) {
 			continue
 		}
 		if again := r.retry(ctx, sites[i], op); again == nil {
+			from.Store(int32(i))
 			return nil
 		}
 	}
@@ -123,14 +124,12 @@ func (r *repository) retry(ctx context.Context, at site, op operation) error {
 func attempts(err error, last bool) int {
 	var dial *dialError
 	switch dialed := errors.As(err, &dial); {
-	case dialed && last:
-		return maxDials
-	case dialed:
+	case dialed && !last:
 		return 1
-	case last:
-		return maxAttempts
+	case dialed && dial.took > slowDial, !last:
+		return maxMirrorAttempts
 	}
-	return maxMirrorAttempts
+	return maxAttempts
 }
 
 // throttles says whether err is an answer that asks for fewer requests.
