@@ -3,6 +3,7 @@ package registry
 import (
 	"context"
 	"errors"
+	"net"
 	"net/http"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -92,6 +93,7 @@ func outcome(resp *http.Response, err error) string {
 // retryReason is the label of an attempt that is repeated because of err.
 func retryReason(err error) string {
 	var se *StatusError
+	var ne net.Error
 	switch {
 	case errors.As(err, &se) && se.Code == http.StatusTooManyRequests:
 		return "throttled"
@@ -99,7 +101,7 @@ func retryReason(err error) string {
 		return "redirect"
 	case errors.As(err, &se):
 		return "status"
-	case errors.Is(err, errStalled):
+	case errors.Is(err, errStalled), errors.As(err, &ne) && ne.Timeout():
 		return "stalled"
 	}
 	return "transport"

@@ -319,6 +319,25 @@ func TestRetryAfter(t *testing.T) {
 	}
 }
 
+// A host that takes a request and says nothing is asked again, too.
+func TestSilenceIsRetried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOrigin()
+		l, want := o.addBlob(20_000)
+		o.hook = func(_ http.ResponseWriter, r *http.Request, n int) bool {
+			if n == 2 {
+				<-r.Context().Done()
+			}
+			return n == 2
+		}
+		got, took, err := pull(t, o, l, registry.Config{MaxParallel: 1, StallTimeout: time.Second})
+		mustIs(t, err, nil)
+		if !bytes.Equal(got, want) || took < time.Second || took > 2*time.Second {
+			t.Errorf("%d bytes after %v", len(got), took)
+		}
+	})
+}
+
 func TestStallIsRetried(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := newOrigin()

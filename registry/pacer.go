@@ -160,6 +160,9 @@ func (p *pacer) throttled(se *StatusError) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
+	if now.Sub(p.until) > maxRetryAfter {
+		p.throttles = 0 // long ago
+	}
 	if !now.Before(p.until) { // else it is one of those that were under way when the host said so first
 		p.throttles = min(p.throttles+1, maxThrottles)
 		p.tune.cut(now, p.bytes.Load())
