@@ -25,6 +25,7 @@ type blob struct {
 	reserve  chan struct{} // one token, for the block of the span being read
 	read     atomic.Int64  // where the span that the reader stands at begins
 	moved    chan struct{} // has an element if read has grown
+	wide     atomic.Int64  // spans that may be fetched ahead, see reader.widen
 	queue    chan *span    // in order, closed by the dispatcher
 	ended    error         // why the dispatcher stopped, valid when queue is closed
 	answered chan struct{} // closed when the first span knows how the host answers
@@ -92,6 +93,7 @@ func (c *Client) OpenRange(ctx context.Context, ref string, l Layer, off, length
 		failed:   make(chan struct{}),
 	}
 	b.read.Store(off)
+	b.wide.Store(2 * startParallel)
 	c.budget.open.Add(1)
 	b.tasks.Go(func() { b.run(ctx) })
 	b.tasks.Go(func() { b.hedgeLate(ctx) })
@@ -147,12 +149,12 @@ func (b *blob) shape(off int64) (size, ahead int64) {
 	least := c.minRange()
 	size, share, parallel := least, c.budget.share(), int64(1)
 	if at := b.current(); at != nil {
-		rangeBytes, limit := at.shape()
+		rangeBytes, worth, limit := at.shape()
 		parallel = max(int64(limit)/max(c.budget.open.Load(), 1), 1)
-		size = max(min(rangeBytes, share/(2*parallel), (b.end-off)/parallel), least)
+		size = max(min(rangeBytes, share/(parallel+parallel/2), max((b.end-off)/parallel, worth)), least)
 	}
-	ahead = max(min(size*(parallel+parallel/2+1), share), minAhead*size)
-	return min(size, b.end-off), ahead
+	wide := min(parallel+parallel/2+1, b.wide.Load())
+	return min(size, b.end-off), max(min(size*wide, share), minAhead*size)
 }
 
 // current is the site that is asked now, or nil if there is none.

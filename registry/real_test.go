@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hearth-serverless/hearth/registry"
@@ -105,6 +106,30 @@ func BenchmarkOpen(b *testing.B) {
 		mustIs(b, err, nil)
 		n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{r}, make([]byte, 1<<20))
 		if err != nil || n != l.Size {
+			b.Fatalf("%d bytes, %v", n, err)
+		}
+		r.Close()
+	}
+}
+
+// A consumer that is slower than the network decides how much is fetched ahead, and so how much memory a pull takes.
+func BenchmarkOpenHashed(b *testing.B) {
+	o := newOrigin()
+	l, _ := o.addBlob(256 << 20)
+	srv := httptest.NewServer(o)
+	defer srv.Close()
+	reg := prometheus.NewRegistry()
+	c := newClient(b, nil, registry.Config{MaxRangeBytes: registry.DefaultMaxRangeBytes, Registerer: reg})
+	defer c.Close()
+	ref := strings.TrimPrefix(srv.URL, "http://") + "/lib/app:1"
+	b.SetBytes(l.Size)
+	before := cpuTime(b)
+	defer func() { b.ReportMetric((cpuTime(b)-before).Seconds()/float64(b.N), "cpu-s/op") }()
+	for b.Loop() {
+		r, err := c.Open(b.Context(), ref, l)
+		mustIs(b, err, nil)
+		v := l.Digest.Verifier()
+		if n, err := io.Copy(v, r); err != nil || n != l.Size || !v.Verified() {
 			b.Fatalf("%d bytes, %v", n, err)
 		}
 		r.Close()

@@ -181,6 +181,16 @@ func (t *tuner) rangeBytes() int64 {
 	return min(max(blocks*maxBlockBytes, t.minRange), t.maxRange)
 }
 
+// worth is the least that a request of its own is worth, where more requests would end sooner: it takes a few times longer than
+// the wait for its first byte.
+func (t *tuner) worth() int64 {
+	size := float64(startRangeBytes / 4)
+	if t.samples > 0 && t.eachBytes > 0 {
+		size = 4 * t.first / t.eachBytes
+	}
+	return max(min(int64(size), t.rangeBytes()), t.minRange)
+}
+
 func (t *tuner) overdue(bytes int64) time.Duration {
 	if t.samples < minSamples {
 		return 0
