@@ -204,7 +204,7 @@ func TestCloseWithoutRead(t *testing.T) {
 		mustIs(t, err, nil)
 		synctest.Wait()
 		mustIs(t, r.Close(), nil)
-		if got := len(o.seen()); got < 8 || got > 16 {
+		if got := len(o.seen()); got < 4 || got > 16 {
 			t.Errorf("%d ranges fetched ahead of a reader that reads nothing", got)
 		}
 	})

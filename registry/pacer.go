@@ -204,6 +204,7 @@ func (p *pacer) sample(bytes int64, first, all time.Duration) {
 	defer p.mu.Unlock()
 	p.throttles = 0
 	p.tune.sample(bytes, first, all)
+	p.serve(time.Now())
 }
 
 // shape is how large a range should be now, how small at the least, and how many there may be at once.

@@ -15,7 +15,9 @@ func testPacer(t *testing.T, limit int) *pacer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newPacer(m, limit, 1<<10, 1<<20)
+	p := newPacer(m, limit, 1<<10, 1<<20)
+	p.tune.limit, p.tune.base = limit, limit
+	return p
 }
 
 func TestPacerServesInOrder(t *testing.T) {

@@ -3,9 +3,12 @@ package registry
 import "time"
 
 const (
-	// startParallel is moderate: enough for a gigabit where a connection brings 40 MB/s, and what a public registry sees from a
-	// client with default settings.
-	startParallel = 8
+	// startParallel is moderate, and enough for a registry that is near: there more requests mostly cost caches and bring nothing.
+	// A first byte that takes farAway is from one that is not, where a connection often is not let have all of the link;
+	// farParallel fill a gigabit at 40 MB/s each, waits included.
+	startParallel = 4
+	farParallel   = 8
+	farAway       = 10 * time.Millisecond
 	// startRangeBytes is the size of a range until more is known, and from then on the least for a link of ordinary speed.
 	startRangeBytes = 4 << 20
 	// epoch is how long a number of requests is watched before it is judged.
@@ -158,6 +161,10 @@ func (t *tuner) sample(bytes int64, first, all time.Duration) {
 		return
 	}
 	fresh := t.samples == 0
+	if fresh && first >= farAway && t.limit == startParallel && !t.trial {
+		t.limit = min(farParallel, t.max)
+		t.base = t.limit
+	}
 	t.samples = min(t.samples+1, minSamples)
 	t.first = smooth(t.first, first.Seconds(), fresh || first.Seconds() < t.first/2) // the first have to dial and to get a token
 	t.eachBytes = smooth(t.eachBytes, max(all-first, 0).Seconds()/float64(bytes), fresh)

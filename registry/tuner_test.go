@@ -57,6 +57,16 @@ func TestTunerFindsTheKnee(t *testing.T) {
 	}
 }
 
+func TestTunerStartsWithMoreFarAway(t *testing.T) {
+	for first, want := range map[time.Duration]int{time.Millisecond: startParallel, farAway: farParallel} {
+		tn := newTuner(32, minRangeBytes, DefaultMaxRangeBytes, time.Unix(0, 0))
+		tn.sample(1<<20, first, time.Second)
+		if tn.sample(1<<20, farAway, time.Second); tn.limit != want {
+			t.Errorf("limit %d after a first byte in %v, want %d", tn.limit, first, want)
+		}
+	}
+}
+
 func TestTunerIsNotDeceivedByIdleness(t *testing.T) {
 	now := time.Unix(0, 0)
 	tn := newTuner(32, minRangeBytes, DefaultMaxRangeBytes, now)
