@@ -40,6 +40,22 @@ func ranged(r *http.Request) (first, last int64) {
 	return first, last
 }
 
+// addBlobs serves n blobs of some size or a little more.
+func (o *origin) addBlobs(n, size int) (layers []registry.Layer) {
+	for i := range n {
+		l, _ := o.addBlob(size + i)
+		layers = append(layers, l)
+	}
+	return layers
+}
+
+// readAll reads a blob and compares it.
+func readAll(t *testing.T, c *registry.Client, o *origin, l registry.Layer) {
+	if got, err := readLayer(t.Context(), c, l); err != nil || !bytes.Equal(got, o.blobs[l.Digest.String()]) {
+		t.Errorf("layer of %d bytes: %d bytes, %v", l.Size, len(got), err)
+	}
+}
+
 // Thirty blobs from one host ask for no more at once than one does.
 func TestManyBlobsShareAHost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -63,13 +79,8 @@ func TestManyBlobsShareAHost(t *testing.T) {
 		c := newClient(t, n, registry.Config{MaxParallel: limit})
 		defer c.Close()
 		var all sync.WaitGroup
-		for i := range 30 {
-			l, want := o.addBlob(20_000 + i)
-			all.Go(func() {
-				if got, err := readLayer(t.Context(), c, l); err != nil || !bytes.Equal(got, want) {
-					t.Errorf("blob %d: %d bytes, %v", i, len(got), err)
-				}
-			})
+		for _, l := range o.addBlobs(30, 20_000) {
+			all.Go(func() { readAll(t, c, o, l) })
 		}
 		all.Wait()
 		if most != limit {
@@ -135,13 +146,8 @@ func TestBusyHostIsLeftAloneByAll(t *testing.T) {
 		c := newClient(t, n, registry.Config{Registerer: reg})
 		defer c.Close()
 		var all sync.WaitGroup
-		for i := range 10 {
-			l, want := o.addBlob(100_000 + i)
-			all.Go(func() {
-				if got, err := readLayer(t.Context(), c, l); err != nil || !bytes.Equal(got, want) {
-					t.Errorf("blob %d: %d bytes, %v", i, len(got), err)
-				}
-			})
+		for _, l := range o.addBlobs(10, 100_000) {
+			all.Go(func() { readAll(t, c, o, l) })
 		}
 		all.Wait()
 		refused := 0

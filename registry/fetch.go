@@ -65,42 +65,61 @@ func (b *blob) attempt(ctx context.Context, from site, at *cursor) error {
 		return err
 	}
 	at.run()
-	asked, start := time.Now(), at.pos
 	at.parked = false
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	header := http.Header{"Accept-Encoding": {"identity"}}
-	whole := at.pos == 0 && at.end == b.layer.Size
-	if !whole {
-		header.Set("Range", fmt.Sprintf("bytes=%d-%d", at.pos, at.end-1))
-	}
-	resp, err := b.repo.get(ctx, from, "blobs", b.layer.Digest.String(), header)
+	asked, start := time.Now(), at.pos
+	resp, err := b.ask(ctx, from, at)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
-	first, last, err := answeredRange(resp, at.pos, at.end, b.layer.Size)
-	if err != nil {
-		return fmt.Errorf("%s: %w", safeURL(resp.Request.URL), err)
-	}
-	if resp.StatusCode == http.StatusPartialContent {
-		from.ranges.Store(true)
-	} else if err := b.takeAll(ctx, at); err != nil {
-		return err
-	}
 	answered := time.Since(asked)
-	b.answerOnce.Do(func() { close(b.answered) })
 	body := watch(ctx, cancel, resp.Body, b.repo.client.cfg.StallTimeout)
-	if _, err := io.CopyN(io.Discard, body, at.pos-first); err != nil {
+	if _, err := io.CopyN(io.Discard, body, at.pos-resp.first); err != nil {
 		return fmt.Errorf("%s: skip to byte %d: %w", safeURL(resp.Request.URL), at.pos, unexpected(err))
 	}
-	if err := b.fill(ctx, body, at, last+1); err != nil {
+	if err := b.fill(ctx, body, at, resp.last+1); err != nil {
 		return fmt.Errorf("%s: byte %d: %w", safeURL(resp.Request.URL), at.pos, err)
 	}
 	if brought := at.pos - start; !at.parked && brought >= b.repo.client.minRange() {
 		from.sample(brought, answered, time.Since(asked))
 	}
 	return nil
+}
+
+// answer is what a host has to say to the request for a range, and the bytes
+// that its body brings, both inclusive.
+type answer struct {
+	*http.Response
+	first, last int64
+}
+
+// ask sends the request for what is missing of the span. The caller closes the
+// body.
+func (b *blob) ask(ctx context.Context, from site, at *cursor) (*answer, error) {
+	header := http.Header{"Accept-Encoding": {"identity"}}
+	if at.pos > 0 || at.end < b.layer.Size {
+		header.Set("Range", fmt.Sprintf("bytes=%d-%d", at.pos, at.end-1))
+	}
+	resp, err := b.repo.get(ctx, from, "blobs", b.layer.Digest.String(), header)
+	if err != nil {
+		return nil, err
+	}
+	first, last, err := answeredRange(resp, at.pos, at.end, b.layer.Size)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", safeURL(resp.Request.URL), err)
+	} else if resp.StatusCode == http.StatusPartialContent {
+		from.ranges.Store(true)
+	} else {
+		err = b.takeAll(ctx, at)
+	}
+	if err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
+	b.answerOnce.Do(func() { close(b.answered) })
+	return &answer{resp, first, last}, nil
 }
 
 // admit waits until from may be asked, unless the cursor has the right to.
