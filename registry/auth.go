@@ -28,6 +28,7 @@ const (
 // together share the next one: a token that expires in mid-blob is fetched once.
 type authState struct {
 	creds  *keychain
+	ref    string // the repository
 	host   docker.RegistryHost
 	client *http.Client // for token servers: bounded in time and size
 
@@ -42,13 +43,14 @@ type authState struct {
 type generation struct {
 	docker.Authorizer
 	turn chan struct{}
+	cred credential // what was found for it; belongs to who has the turn
 }
 
-func newAuthState(creds *keychain, host docker.RegistryHost) *authState {
+func newAuthState(creds *keychain, ref string, host docker.RegistryHost) *authState {
 	client := *host.Client
 	client.Timeout = tokenTimeout
 	client.Transport = boundedTransport{host.Client.Transport}
-	return &authState{creds: creds, host: host, client: &client, cur: &generation{}}
+	return &authState{creds: creds, ref: ref, host: host, client: &client, cur: &generation{}}
 }
 
 // authorize adds what is known to req and returns the generation it is from.
@@ -84,9 +86,9 @@ func (a *authState) challenge(ctx context.Context, used *generation, resp *http.
 	next.Authorizer = docker.NewDockerAuthorizer(
 		docker.WithAuthClient(a.client),
 		docker.WithAuthHeader(a.host.Header),
-		docker.WithAuthCreds(func(host string) (string, string, error) {
-			cred, err := a.creds.lookup(ctx, host)
-			return cred.user, cred.secret, err
+		docker.WithAuthCreds(func(host string) (_, _ string, err error) { // called by AddResponses below
+			next.cred, err = a.creds.lookup(ctx, a.ref, host)
+			return next.cred.user, next.cred.secret, err
 		}))
 	if !a.replace(used, next) {
 		return nil
@@ -97,6 +99,25 @@ func (a *authState) challenge(ctx context.Context, used *generation, resp *http.
 	}
 	next.turn <- struct{}{}
 	return err
+}
+
+// outdated says whether there are other credentials by now than those that a request of generation used was refused with, and
+// if so forgets them: those of a pull may come later than the first request.
+func (a *authState) outdated(ctx context.Context, used *generation) bool {
+	if used.Authorizer == nil {
+		return false
+	}
+	select {
+	case <-used.turn:
+	case <-ctx.Done():
+		return false
+	}
+	defer func() { used.turn <- struct{}{} }()
+	if a.current() != used {
+		return true
+	}
+	cred, err := a.creds.lookup(ctx, a.ref, a.host.Host)
+	return err == nil && cred != used.cred && a.replace(used, &generation{})
 }
 
 func (a *authState) current() *generation {

@@ -2,7 +2,9 @@ package registry_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -283,4 +285,79 @@ func TestCredentialsForOthers(t *testing.T) {
 	if _, _, err := c.Credentials(t.Context(), "NOT A REF"); err == nil {
 		t.Error("a reference that is none was taken")
 	}
+}
+
+// Credentials that come with a pull are asked for when a registry wants some, with the repository that they are for, before
+// docker's; those that come after a refusal count for the next request.
+func TestKeychain(t *testing.T) {
+	for _, refusal := range []int{http.StatusUnauthorized, http.StatusForbidden} {
+		t.Run(http.StatusText(refusal), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				k := &tokens{}
+				o := newOrigin()
+				o.hook = func(w http.ResponseWriter, r *http.Request, n int) bool {
+					k.mu.Lock()
+					secret := k.password
+					k.mu.Unlock()
+					if k.refuse(w, r) {
+						return true
+					}
+					if secret == "" { // the token is for anyone, the image is not
+						w.WriteHeader(refusal)
+						return true
+					}
+					return false
+				}
+				o.addImage(t, "1", nil)
+				n := newFakeNet()
+				defer n.serve(home, o)()
+				defer n.serve(bucket, k)()
+				var known string
+				c := newClient(t, n, registry.Config{
+					DockerConfig: writeFile(t, "config.json", `{}`),
+					Keychain: func(_ context.Context, ref, host string) (user, secret string, err error) {
+						if ref != repo || host != home {
+							t.Errorf("asked for %s at %s", ref, host)
+						}
+						if known == "" {
+							return "", "", nil
+						}
+						return "alice", known, nil
+					},
+				})
+				defer c.Close()
+				_, err := c.Image(t.Context(), repo+":1", "")
+				mustIs(t, err, registry.ErrUnauthorized)
+				known = "s3cret"
+				k.mu.Lock()
+				k.password = "s3cret"
+				k.mu.Unlock()
+				_, err = c.Image(t.Context(), repo+":1", "")
+				mustIs(t, err, nil)
+				user, secret, err := c.Credentials(t.Context(), repo+":1")
+				if user != "alice" || secret != "s3cret" || err != nil {
+					t.Errorf("for others: %q, %q, %v", user, secret, err)
+				}
+			})
+		})
+	}
+}
+
+func TestKeychainFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOrigin()
+		o.hook = func(w http.ResponseWriter, r *http.Request, _ int) bool {
+			w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return true
+		}
+		o.addImage(t, "1", nil)
+		n := newFakeNet()
+		defer n.serve(home, o)()
+		broken := errors.New("keychain is broken")
+		c := newClient(t, n, registry.Config{Keychain: func(context.Context, string, string) (string, string, error) { return "", "", broken }})
+		defer c.Close()
+		_, err := c.Image(t.Context(), repo+":1", "")
+		mustIs(t, err, broken)
+	})
 }

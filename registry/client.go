@@ -12,14 +12,16 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// Defaults of a zero Config. Four ranges of 4 MiB keep a loopback or data
-// centre registry busy; the budget leaves room for the other stages of a pull
-// in a nodeagent that is held under 256 MiB.
+// Defaults of a zero Config. The budget leaves room for the other stages of a
+// pull in a nodeagent that is held under 256 MiB.
 const (
-	DefaultRangeBytes   = 4 << 20
-	DefaultParallel     = 4
-	DefaultMemoryBytes  = 64 << 20
-	DefaultStallTimeout = 15 * time.Second
+	DefaultMaxRangeBytes = 16 << 20
+	DefaultMaxParallel   = 32
+	DefaultMemoryBytes   = 64 << 20
+	DefaultStallTimeout  = 15 * time.Second
+
+	// minRangeBytes is what a request of its own is worth; blobs up to it are one.
+	minRangeBytes = 512 << 10
 )
 
 // Config says where credentials and hosts come from and how much a Client may
@@ -32,16 +34,23 @@ type Config struct {
 	// helpers. Empty: $DOCKER_CONFIG/config.json or ~/.docker/config.json, which
 	// need not exist. It is read at every challenge, so credentials can rotate.
 	DockerConfig string
-	// RangeBytes is the size of one range; blobs up to it are one request.
-	RangeBytes int
-	// Parallel is how many ranges of one blob are in flight at once. Up to twice
-	// as many may be fetched and wait for the reader.
-	Parallel int
+	// Keychain is asked for credentials first, for those that come with a pull: a
+	// kubelet's pull secrets. ref is the repository, as in
+	// registry.example:5000/team/app, host the one that wants to know. An empty
+	// user means that the secret is an identity token; both empty, that there is
+	// nothing to tell, and DockerConfig is asked. Nil: none. It is called at every
+	// challenge and must be safe for concurrent use.
+	Keychain func(ctx context.Context, ref, host string) (user, secret string, err error)
+	// MaxRangeBytes bounds the size of one range, which follows the link.
+	MaxRangeBytes int
+	// MaxParallel bounds the requests at one host at once, for all blobs together.
+	// How many there are is found out by trying.
+	MaxParallel int
 	// MemoryBytes bounds the range buffers of all open blobs together. Each open
-	// blob has one block (256 KiB, or RangeBytes if smaller) beside it.
+	// blob has one small block (32 KiB, or MaxRangeBytes if smaller) beside it.
 	MemoryBytes int64
-	// StallTimeout is how long a response body may stay silent before its range
-	// is asked for again.
+	// StallTimeout is how long a response may stay silent before its range is
+	// asked for again.
 	StallTimeout time.Duration
 	// DialContext makes connections. Nil: an ordinary dialer, with the
 	// dial_timeout of hosts.toml.
@@ -61,19 +70,20 @@ type Client struct {
 	budget  *budget
 	creds   *keychain
 
-	mu    sync.Mutex          // guards hosts
-	hosts map[string]*hostSet // by the host part of a reference
+	mu      sync.Mutex          // guards what follows
+	hosts   map[string]*hostSet // by the host part of a reference
+	servers map[string]*host    // by scheme and address
 }
 
 // New checks cfg, fills in its defaults and returns a Client. It is an error if
 // a DockerConfig was named and cannot be read, or if the metrics are registered
 // already.
 func New(cfg Config) (*Client, error) {
-	if cfg.RangeBytes < 0 || cfg.Parallel < 0 || cfg.MemoryBytes < 0 || cfg.StallTimeout < 0 {
+	if cfg.MaxRangeBytes < 0 || cfg.MaxParallel < 0 || cfg.MemoryBytes < 0 || cfg.StallTimeout < 0 {
 		return nil, errors.New("registry config: sizes, counts and timeouts must not be negative")
 	}
-	setDefault(&cfg.RangeBytes, DefaultRangeBytes)
-	setDefault(&cfg.Parallel, DefaultParallel)
+	setDefault(&cfg.MaxRangeBytes, DefaultMaxRangeBytes)
+	setDefault(&cfg.MaxParallel, DefaultMaxParallel)
 	setDefault(&cfg.MemoryBytes, DefaultMemoryBytes)
 	setDefault(&cfg.StallTimeout, DefaultStallTimeout)
 	log := cfg.Logger
@@ -84,16 +94,19 @@ func New(cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read docker config: %w", err)
 	}
-	b := newBudget(cfg.MemoryBytes, min(cfg.RangeBytes, maxBlockBytes))
+	creds.pulled = cfg.Keychain
+	b := newBudget(cfg.MemoryBytes, min(cfg.MaxRangeBytes, maxBlockBytes))
 	m, err := newMetrics(cfg.Registerer, b)
 	if err != nil {
 		return nil, fmt.Errorf("register registry metrics: %w", err)
 	}
 	return &Client{
 		cfg: cfg, log: log, metrics: m, budget: b, creds: creds,
-		hosts: map[string]*hostSet{},
+		hosts: map[string]*hostSet{}, servers: map[string]*host{},
 	}, nil
 }
+
+func (c *Client) minRange() int64 { return int64(min(minRangeBytes, c.cfg.MaxRangeBytes)) }
 
 func setDefault[T comparable](v *T, def T) {
 	var zero T

@@ -15,7 +15,13 @@
 // A blob moves through four hands. The dispatcher ([blob.run]) cuts it into
 // spans and starts them, never more than a window ahead of the reader. A span's
 // fetch fills blocks from the shared budget, and resumes where a connection
-// broke. The reader takes spans in order. The span it stands at has a block of
-// its own, so that a stalled consumer elsewhere can slow a blob down but never
-// stop it.
+// broke; if it is late, a second fetch of the same goes beside it ([race]). The
+// reader takes spans in order. The span it stands at has a block of its own, so
+// that a stalled consumer elsewhere can slow a blob down but never stop it.
+//
+// What is learnt of a host is kept once for all blobs and registry names that
+// lead to it ([host]): how many requests at once and how large a range bring the
+// most ([tuner]), when it wants to be left alone, whether it can be reached.
+// Each request holds a lease of the host's [pacer]. Who waits for memory or for
+// a consumer gives it up meanwhile, so a lease is never held for long.
 package registry

@@ -206,8 +206,8 @@ func newClient(t testing.TB, n *fakeNet, cfg registry.Config) *registry.Client {
 	if cfg.DockerConfig == "" {
 		cfg.DockerConfig = writeFile(t, "config.json", "{}")
 	}
-	if cfg.RangeBytes == 0 {
-		cfg.RangeBytes = 4096
+	if cfg.MaxRangeBytes == 0 {
+		cfg.MaxRangeBytes = 4096
 	}
 	if n != nil {
 		cfg.DialContext = n.dial

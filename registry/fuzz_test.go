@@ -1,7 +1,12 @@
 package registry
 
 import (
+	"net/http"
+	"net/url"
 	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 )
 
 func FuzzManifest(f *testing.F) {
@@ -81,3 +86,57 @@ func FuzzDockerConfig(f *testing.F) {
 		}
 	})
 }
+
+func FuzzRetryAfter(f *testing.F) {
+	for _, s := range []string{"7", "-5", "0", "99999999999999999999", "soon", "Sat, 01 Jan 2000 00:00:20 GMT", "Sat, 01 Jan 9999 00:00:20 GMT", ""} {
+		f.Add(s)
+	}
+	now := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+	f.Fuzz(func(t *testing.T, s string) {
+		if d := parseRetryAfter(s, now); d < 0 || d > 24*time.Hour {
+			t.Fatalf("%q: %v", s, d)
+		}
+	})
+}
+
+func FuzzRedirectExpiry(f *testing.F) {
+	f.Add("max-age=30, no-cache", "0", "X-Amz-Date=20260301T115950Z&X-Amz-Expires=60&se=2026-03-01T12%3A02%3A00Z")
+	f.Add("private,,=,max-age", "Sun, 01 Mar 2026 12:01:00 GMT", "Expires=99999999999999")
+	f.Add("max-age=\"99999999999\"", "", "X-Goog-Expires=2147483647&X-Goog-Date=99991231T235959Z&Expires=-1")
+	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	f.Fuzz(func(t *testing.T, cache, expires, query string) {
+		q, err := url.ParseQuery(query)
+		if err != nil {
+			return
+		}
+		got := redirectExpiry(http.Header{"Cache-Control": {cache}, "Expires": {expires}}, q, now)
+		if got.Before(now) || got.After(now.Add(keepRedirect)) {
+			t.Fatalf("good until %v", got)
+		}
+	})
+}
+
+// A challenge is read by containerd's parser; what it makes of it must neither panic nor send anything by itself.
+func FuzzChallenge(f *testing.F) {
+	f.Add(`Bearer realm="https://auth.test/token",service="s",scope="repository:a/b:pull"`)
+	f.Add(`Basic realm="x"`)
+	f.Add(`Bearer realm="\`)
+	f.Add(`bearer realm=",error="invalid_token`)
+	f.Add("Digest a=b, Bearer =\"\",,")
+	nothing := roundTripper(func(*http.Request) (*http.Response, error) { panic("a request was sent") })
+	f.Fuzz(func(t *testing.T, header string) {
+		client := &http.Client{Transport: nothing}
+		a := newAuthState(&keychain{}, "h/a", docker.RegistryHost{Client: client, Host: "h"})
+		req := &http.Request{Method: http.MethodGet, URL: &url.URL{Scheme: "https", Host: "h"}, Header: http.Header{}}
+		used := a.current()
+		resp := &http.Response{StatusCode: http.StatusUnauthorized, Request: req, Header: http.Header{"Www-Authenticate": {header}}}
+		err := a.challenge(t.Context(), used, resp)
+		if now := a.current(); err != nil && now.Authorizer != nil {
+			t.Fatalf("%q: refused (%v), but kept", header, err)
+		}
+	})
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

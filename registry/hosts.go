@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -20,9 +19,14 @@ import (
 	distref "github.com/distribution/reference"
 )
 
-// maxRepositories bounds the tokens remembered per registry; beyond it all are
-// forgotten and fetched anew.
-const maxRepositories = 1024
+const (
+	// maxRepositories bounds the tokens remembered per registry; beyond it all
+	// are forgotten and fetched anew.
+	maxRepositories = 1024
+	// maxRegistries bounds the registries remembered, whose names come with
+	// images, in the same way.
+	maxRegistries = 1024
+)
 
 // hostSet is what hosts.toml (or the default) says about one registry name:
 // the mirrors in order, the registry itself last.
@@ -35,10 +39,10 @@ type hostSet struct {
 	repos map[string]*repository // by locator
 }
 
-// endpoint is one host that may serve the repositories of a registry.
+// endpoint is one host that may serve the repositories of a registry, and how hosts.toml says to go there.
 type endpoint struct {
 	docker.RegistryHost
-	ranges atomic.Bool // it has answered a range with 206 before
+	*host
 }
 
 // repository is a place to get manifests and blobs from.
@@ -53,7 +57,9 @@ type repository struct {
 // tokens of two repositories must not mix.
 type site struct {
 	*endpoint
-	auth *authState
+	auth      *authState
+	redirects *redirects
+	last      bool // there is no other to go to
 }
 
 // repository parses ref and returns its repository, tag and digest.
@@ -88,7 +94,7 @@ func (s *hostSet) repository(c *Client, spec reference.Spec) *repository {
 		name:   strings.TrimPrefix(spec.Locator, spec.Hostname()+"/"),
 	}
 	for _, ep := range s.hosts {
-		r.sites = append(r.sites, site{ep, newAuthState(c.creds, ep.RegistryHost)})
+		r.sites = append(r.sites, site{ep, newAuthState(c.creds, spec.Locator, ep.RegistryHost), &redirects{}, false})
 	}
 	s.repos[spec.Locator] = r
 	return r
@@ -116,8 +122,28 @@ func (c *Client) hostSet(ctx context.Context, name string) (*hostSet, error) {
 	if set != nil {
 		set.closeIdle()
 	}
+	if set == nil && len(c.hosts) >= maxRegistries {
+		for _, s := range c.hosts {
+			s.closeIdle()
+		}
+		clear(c.hosts) // open blobs keep what is theirs
+		clear(c.servers)
+	}
 	c.hosts[name] = fresh
 	return fresh, nil
+}
+
+// server returns what is known of a host; it is the same for all registries that it serves.
+func (c *Client) server(scheme, addr string) *host {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	key := scheme + "://" + addr
+	h := c.servers[key]
+	if h == nil {
+		h = &host{pacer: newPacer(c.metrics, c.cfg.MaxParallel, c.minRange(), int64(c.cfg.MaxRangeBytes))}
+		c.servers[key] = h
+	}
+	return h
 }
 
 // hostsDir returns the directory that configures a registry, "" if none does,
@@ -165,7 +191,7 @@ func (c *Client) configureHosts(ctx context.Context, name, dir, stamp string) (*
 		return nil, err
 	}
 	for _, h := range hosts {
-		set.hosts = append(set.hosts, &endpoint{RegistryHost: h})
+		set.hosts = append(set.hosts, &endpoint{RegistryHost: h, host: c.server(h.Scheme, h.Host)})
 	}
 	return set, nil
 }
@@ -177,9 +203,12 @@ func (c *Client) tune(tr *http.Transport) {
 	tr.MaxIdleConnsPerHost = 64
 	tr.IdleConnTimeout = 90 * time.Second
 	tr.DisableCompression = true // bytes must be those of the digest
+	tr.ResponseHeaderTimeout = c.cfg.StallTimeout
+	dial := tr.DialContext
 	if c.cfg.DialContext != nil {
-		tr.DialContext = c.cfg.DialContext
+		dial = c.cfg.DialContext
 	}
+	tr.DialContext = marked(dial)
 }
 
 // checkRedirect keeps credentials, and headers of hosts.toml, which often are
@@ -216,6 +245,9 @@ func (r *repository) with(caps docker.HostCapabilities) []site {
 		if s.Capabilities.Has(caps) {
 			out = append(out, s)
 		}
+	}
+	if len(out) > 0 {
+		out[len(out)-1].last = true
 	}
 	return out
 }

@@ -141,6 +141,11 @@ func (r *repository) small(ctx context.Context, kind, object string, want ocispe
 	}
 	var from atomic.Int32
 	err = r.each(ctx, r.with(caps), &from, func(ctx context.Context, at site) (int64, error) {
+		right, err := at.acquire(ctx, true, at.last)
+		if err != nil {
+			return 0, err
+		}
+		defer right.park()
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
 		resp, err := r.get(ctx, at, kind, object, header)

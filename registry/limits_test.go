@@ -40,7 +40,7 @@ func TestMemoryBudget(t *testing.T) {
 		n := newFakeNet()
 		defer n.serve(home, o)()
 		reg := prometheus.NewRegistry()
-		c := newClient(t, n, registry.Config{RangeBytes: rangeBytes, MemoryBytes: budget, Registerer: reg})
+		c := newClient(t, n, registry.Config{MaxRangeBytes: rangeBytes, MemoryBytes: budget, Registerer: reg})
 		defer c.Close()
 
 		check := func() {
@@ -93,7 +93,7 @@ func TestTakeRestGivesBack(t *testing.T) {
 		l, want := o.addBlob(100_000)
 		o.hook = func(w http.ResponseWriter, r *http.Request, n int) bool {
 			if strings.HasPrefix(r.Header.Get("Range"), "bytes=8192-") {
-				time.Sleep(time.Second) // until the spans after it are fetched
+				time.Sleep(100 * time.Millisecond) // until the spans after it are fetched, and before one is asked for twice
 				r.Header.Del("Range")
 			}
 			return false
@@ -101,7 +101,7 @@ func TestTakeRestGivesBack(t *testing.T) {
 		n := newFakeNet()
 		defer n.serve(home, o)()
 		reg := prometheus.NewRegistry()
-		c := newClient(t, n, registry.Config{Parallel: 5, Registerer: reg})
+		c := newClient(t, n, registry.Config{MaxParallel: 5, Registerer: reg})
 		defer c.Close()
 		r, err := c.Open(t.Context(), repo, l)
 		mustIs(t, err, nil)
@@ -178,7 +178,7 @@ func TestCloseInMidSpan(t *testing.T) {
 		n := newFakeNet()
 		defer n.serve(home, o)()
 		reg := prometheus.NewRegistry()
-		c := newClient(t, n, registry.Config{RangeBytes: 1 << 20, Registerer: reg})
+		c := newClient(t, n, registry.Config{MaxRangeBytes: 1 << 20, Registerer: reg})
 		defer c.Close()
 		r, err := c.Open(t.Context(), repo, l)
 		mustIs(t, err, nil)
@@ -204,7 +204,7 @@ func TestCloseWithoutRead(t *testing.T) {
 		mustIs(t, err, nil)
 		synctest.Wait()
 		mustIs(t, r.Close(), nil)
-		if got := len(o.seen()); got != 2*registry.DefaultParallel {
+		if got := len(o.seen()); got < 4 || got > 16 {
 			t.Errorf("%d ranges fetched ahead of a reader that reads nothing", got)
 		}
 	})

@@ -3,6 +3,7 @@ package registry
 import (
 	"context"
 	"errors"
+	"net"
 	"net/http"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -13,10 +14,28 @@ type metrics struct {
 	requests *prometheus.CounterVec
 	retries  *prometheus.CounterVec
 	inFlight prometheus.Gauge
+
+	ranges, throttles, skipped, redirects, hedgedBytes prometheus.Counter
+	hedges                                             *prometheus.CounterVec
 }
 
 func newMetrics(reg prometheus.Registerer, b *budget) (*metrics, error) {
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
+	}
 	m := &metrics{
+		ranges:    counter("hearth_registry_ranges_total", "Parts of blobs that were fetched, whatever it took."),
+		throttles: counter("hearth_registry_throttles_total", "Answers of registries that have too much to do."),
+		skipped: counter("hearth_registry_hosts_skipped_total",
+			"Mirrors that were left out because they could not be reached or were busy shortly before."),
+		redirects: counter("hearth_registry_redirects_reused_total",
+			"Requests that went to a remembered place of a blob without asking the registry."),
+		hedgedBytes: counter("hearth_registry_hedged_bytes_total",
+			"Bytes fetched by requests that were made because another for the same bytes was late."),
+		hedges: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_registry_hedges_total",
+			Help: "Requests that were made because another for the same bytes was late, by whether they ended first.",
+		}, []string{"result"}),
 		bytes: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "hearth_registry_fetched_bytes_total",
 			Help: "Body bytes read from registries, bytes that were read twice included.",
@@ -41,7 +60,8 @@ func newMetrics(reg prometheus.Registerer, b *budget) (*metrics, error) {
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.bytes, m.requests, m.retries, m.inFlight, buffered} {
+	for _, c := range []prometheus.Collector{m.bytes, m.requests, m.retries, m.inFlight, buffered,
+		m.ranges, m.throttles, m.skipped, m.redirects, m.hedgedBytes, m.hedges} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}
@@ -73,12 +93,15 @@ func outcome(resp *http.Response, err error) string {
 // retryReason is the label of an attempt that is repeated because of err.
 func retryReason(err error) string {
 	var se *StatusError
+	var ne net.Error
 	switch {
 	case errors.As(err, &se) && se.Code == http.StatusTooManyRequests:
 		return "throttled"
+	case errors.As(err, &se) && se.redirected:
+		return "redirect"
 	case errors.As(err, &se):
 		return "status"
-	case errors.Is(err, errStalled):
+	case errors.Is(err, errStalled), errors.As(err, &ne) && ne.Timeout():
 		return "stalled"
 	}
 	return "transport"

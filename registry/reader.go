@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"time"
 )
 
 // reader is the consumer's end of a blob.
@@ -19,6 +20,12 @@ type reader struct {
 	pos  int        // read bytes of cur
 	off  int64      // read bytes of the blob
 	err  error      // sticky
+
+	closed bool
+
+	begun         time.Time     // when the span was begun
+	waited        time.Duration // for its bytes
+	waits, passed float64       // seconds waited, and passed in all, the latest spans counting most
 }
 
 // Read implements io.Reader.
@@ -68,6 +75,10 @@ func (r *reader) Close() error {
 	if r.err == nil {
 		r.err = fmt.Errorf("read layer %s: %w", r.blob.layer.Digest, io.ErrClosedPipe)
 	}
+	if !r.closed {
+		r.closed = true
+		r.blob.repo.client.budget.open.Add(-1)
+	}
 	r.release()
 	return nil
 }
@@ -93,7 +104,7 @@ func (r *reader) next() ([]byte, error) {
 			return r.cur.buf[r.pos:r.cur.n], nil
 		case r.span != nil:
 			r.nextBlock() // also after the last byte: was it really the last?
-		case r.off == r.blob.layer.Size:
+		case r.off == r.blob.end:
 			r.blob.cancel()
 			r.err = io.EOF
 		default:
@@ -104,6 +115,7 @@ func (r *reader) next() ([]byte, error) {
 }
 
 func (r *reader) nextSpan() {
+	r.begun, r.waited = time.Now(), 0
 	s, ok := <-r.blob.queue
 	if !ok {
 		// The dispatcher stopped, and no span before said why: ctx has ended.
@@ -115,15 +127,38 @@ func (r *reader) nextSpan() {
 }
 
 func (r *reader) nextBlock() {
-	blk, ok := <-r.span.out
+	var blk *block
+	var ok bool
+	select {
+	case blk, ok = <-r.span.out:
+	default:
+		start := time.Now()
+		blk, ok = <-r.span.out
+		r.waited += time.Since(start)
+	}
 	switch {
 	case ok:
-		r.cur, r.pos = blk, 0
+		r.cur, r.pos = blk, blk.skip
 	case r.span.err != nil:
 		r.fail(r.span.err)
 	default:
+		r.widen()
+		r.blob.done(r.span)
 		r.span = nil
-		r.blob.window <- struct{}{} // never blocks: the span took this token
+	}
+}
+
+// widen sets how far ahead of the reader is fetched. A reader that does not wait, having more to do than the link has, needs
+// little ahead, and what is little stays in the caches; one that waits needs all that the host's pace allows for.
+func (r *reader) widen() {
+	r.waits = r.waits*7/8 + r.waited.Seconds()
+	r.passed = r.passed*7/8 + time.Since(r.begun).Seconds()
+	wide := r.blob.wide.Load()
+	switch {
+	case r.waits > r.passed/10:
+		r.blob.wide.Store(min(wide+wide/2, 2*int64(r.blob.repo.client.cfg.MaxParallel)))
+	case r.waits < r.passed/50:
+		r.blob.wide.Store(max(wide-wide/4, minAhead+1))
 	}
 }
 

@@ -6,7 +6,9 @@ import (
 	"net/http/httptest"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
@@ -14,6 +16,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hearth-serverless/hearth/registry"
@@ -40,7 +43,7 @@ func TestRealRegistry(t *testing.T) {
 	mustIs(t, err, nil)
 	mustIs(t, remote.WriteIndex(tag, idx), nil)
 
-	c := newClient(t, nil, registry.Config{RangeBytes: 512 << 10})
+	c := newClient(t, nil, registry.Config{MaxRangeBytes: 512 << 10})
 	defer c.Close()
 	got, err := c.Image(t.Context(), ref, "")
 	mustIs(t, err, nil)
@@ -78,21 +81,55 @@ func mutateEmpty(t *testing.T) v1.ImageIndex {
 	return idx
 }
 
+// cpuTime is what this process, client and registry both, has used so far.
+func cpuTime(b *testing.B) time.Duration {
+	b.Helper()
+	var u syscall.Rusage
+	mustIs(b, syscall.Getrusage(syscall.RUSAGE_SELF, &u), nil)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
 func BenchmarkOpen(b *testing.B) {
 	o := newOrigin()
-	l, data := o.addBlob(64 << 20)
+	l, data := o.addBlob(256 << 20)
 	srv := httptest.NewServer(o)
 	defer srv.Close()
-	c := newClient(b, nil, registry.Config{RangeBytes: registry.DefaultRangeBytes})
+	c := newClient(b, nil, registry.Config{MaxRangeBytes: registry.DefaultMaxRangeBytes})
 	defer c.Close()
 	ref := strings.TrimPrefix(srv.URL, "http://") + "/lib/app:1"
 	b.SetBytes(int64(len(data)))
 	b.ReportAllocs()
+	before := cpuTime(b)
+	defer func() { b.ReportMetric((cpuTime(b)-before).Seconds()/float64(b.N), "cpu-s/op") }()
 	for b.Loop() {
 		r, err := c.Open(b.Context(), ref, l)
 		mustIs(b, err, nil)
 		n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{r}, make([]byte, 1<<20))
 		if err != nil || n != l.Size {
+			b.Fatalf("%d bytes, %v", n, err)
+		}
+		r.Close()
+	}
+}
+
+// A consumer that is slower than the network decides how much is fetched ahead, and so how much memory a pull takes.
+func BenchmarkOpenHashed(b *testing.B) {
+	o := newOrigin()
+	l, _ := o.addBlob(256 << 20)
+	srv := httptest.NewServer(o)
+	defer srv.Close()
+	reg := prometheus.NewRegistry()
+	c := newClient(b, nil, registry.Config{MaxRangeBytes: registry.DefaultMaxRangeBytes, Registerer: reg})
+	defer c.Close()
+	ref := strings.TrimPrefix(srv.URL, "http://") + "/lib/app:1"
+	b.SetBytes(l.Size)
+	before := cpuTime(b)
+	defer func() { b.ReportMetric((cpuTime(b)-before).Seconds()/float64(b.N), "cpu-s/op") }()
+	for b.Loop() {
+		r, err := c.Open(b.Context(), ref, l)
+		mustIs(b, err, nil)
+		v := l.Digest.Verifier()
+		if n, err := io.Copy(v, r); err != nil || n != l.Size || !v.Verified() {
 			b.Fatalf("%d bytes, %v", n, err)
 		}
 		r.Close()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"path"
@@ -18,9 +19,13 @@ import (
 // that it will never do.
 const maxChallenges = 3
 
-// get asks one host for a manifest or blob. It answers challenges; any other
-// answer but 2xx is a *StatusError. The caller closes the body.
+// get asks one host for a manifest or blob, or where it has sent us for the same
+// before. It answers challenges; any other answer but 2xx is a *StatusError. The
+// caller closes the body, and holds a lease of the host's pacer.
 func (r *repository) get(ctx context.Context, at site, kind, object string, header http.Header) (*http.Response, error) {
+	if resp := r.again(ctx, at, object, header); resp != nil {
+		return resp, nil
+	}
 	ctx, err := docker.ContextWithRepositoryScope(ctx, r.spec, false)
 	if err != nil {
 		return nil, err
@@ -39,17 +44,51 @@ func (r *repository) get(ctx context.Context, at site, kind, object string, head
 			return nil, err
 		}
 		if resp.StatusCode/100 == 2 {
+			at.redirects.keep(object, at.Host, resp, time.Now())
 			return resp, nil
 		}
 		status := statusError(resp, time.Now())
 		resp.Body.Close()
-		if status.Code != http.StatusUnauthorized || status.redirected || challenges == maxChallenges {
+		at.throttled(status)
+		switch {
+		case status.redirected, challenges == maxChallenges:
 			return nil, status
-		}
-		if err := at.auth.challenge(ctx, gen, resp); err != nil {
-			return nil, fmt.Errorf("%w: %w", status, err)
+		case status.Code == http.StatusForbidden && at.auth.outdated(ctx, gen):
+		case status.Code != http.StatusUnauthorized:
+			return nil, status
+		default:
+			if err := at.auth.challenge(ctx, gen, resp); err != nil {
+				return nil, fmt.Errorf("%w: %w", status, err)
+			}
 		}
 	}
+}
+
+// again asks where the host has sent us for object before. It is nil if that is not known or has not gone well: the registry may
+// then send us elsewhere, or the same way with a fresh signature.
+func (r *repository) again(ctx context.Context, at site, object string, header http.Header) *http.Response {
+	to := at.redirects.get(object, time.Now())
+	if to == nil {
+		return nil
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, to.url.String(), nil)
+	if err == nil {
+		for _, h := range []http.Header{to.header, header} {
+			maps.Copy(req.Header, h.Clone())
+		}
+		r.client.metrics.redirects.Inc()
+		var resp *http.Response
+		if resp, err = r.do(at, req); err == nil && resp.StatusCode/100 == 2 {
+			return resp
+		}
+		if err == nil {
+			resp.Body.Close()
+		}
+	}
+	if ctx.Err() == nil {
+		at.redirects.forget(object, to)
+	}
+	return nil
 }
 
 func (r *repository) request(ctx context.Context, at site, kind, object string, header http.Header) (*http.Request, error) {
@@ -90,14 +129,19 @@ func (r *repository) do(at site, req *http.Request) (*http.Response, error) {
 	}
 	c.log.Debug("registry request", "url", safeURL(req.URL), "range", req.Header.Get("Range"),
 		"status", resp.StatusCode, "took", time.Since(start))
-	resp.Body = &countedBody{ReadCloser: resp.Body, metrics: c.metrics}
+	if resp.StatusCode < http.StatusInternalServerError {
+		at.alive()
+	}
+	resp.Body = &countedBody{ReadCloser: resp.Body, metrics: c.metrics, pacer: at.pacer}
 	return resp, nil
 }
 
-// countedBody feeds the metrics. Read and Close are called by one goroutine.
+// countedBody feeds the metrics and the pacer. Read and Close are called by one
+// goroutine.
 type countedBody struct {
 	io.ReadCloser
 	metrics *metrics
+	pacer   *pacer
 	closed  bool
 }
 
@@ -105,6 +149,7 @@ type countedBody struct {
 func (b *countedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	b.metrics.bytes.Add(float64(n))
+	b.pacer.bytes.Add(int64(n))
 	return n, err
 }
 
