@@ -64,7 +64,7 @@ func (s *Snapshotter) adopt(r request, se *session, j *job) (err error) {
 		return &fallback{"implicit_link", fmt.Errorf("layer %s: %w", j.layer.Digest, err)}
 	}
 	if len(r.parents) > 0 {
-		if err := layer.AdoptImplicitDirs(tree, j.result.ImplicitDirs, r.parents); err != nil {
+		if err := j.result.AdoptImplicitDirs(tree, r.parents); err != nil {
 			return classify(fmt.Errorf("layer %s: %w", j.layer.Digest, err), "internal")
 		}
 		start := time.Now()
