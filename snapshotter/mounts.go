@@ -68,7 +68,11 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 		return nil, err
 	}
-	return s.mounts(sn)
+	mounts, err := s.mounts(sn)
+	if err != nil {
+		return nil, errors.Join(err, s.Remove(context.WithoutCancel(ctx), key))
+	}
+	return mounts, nil
 }
 
 // makeSnapshotDir makes a snapshot's directories. Their root belongs to whom the parent's root belongs to, as in an overlay the
@@ -151,10 +155,15 @@ func (s *Snapshotter) lowerDirs(ids []string) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if tree != "" && seen[tree] {
-			continue
+		if tree != "" {
+			if seen[tree] {
+				continue
+			}
+			if err := s.trees.ready(tree); err != nil {
+				return nil, err
+			}
+			seen[tree] = true
 		}
-		seen[tree] = true
 		dirs = append(dirs, dir)
 	}
 	return dirs, nil

@@ -106,7 +106,8 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.snapshots, err = snapshotter.New(snapshotter.Config{Root: t.TempDir(), Registry: client, Layers: unpacker, Logger: n.log})
+	root := t.TempDir()
+	n.snapshots, err = snapshotter.New(snapshotter.Config{Root: root, Registry: client, Layers: unpacker, Logger: n.log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,6 +115,7 @@ func newInstanceNode(t *testing.T) *instanceNode {
 		if err := n.snapshots.Close(); err != nil {
 			t.Error(err)
 		}
+		unmountBelow(t, root)
 	})
 	n.image = n.registry.push(t, "functions/hello:1", programImage(t, "function", functionSource))
 	pause := n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
