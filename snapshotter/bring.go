@@ -63,6 +63,15 @@ func (s *Snapshotter) adopt(r request, se *session, j *job) (err error) {
 	if image, ok := imageOf(j.staged); ok {
 		tree = image
 	}
+	for _, parent := range r.parents {
+		if name, err := treeOf(parent); err != nil {
+			return classify(err, "internal")
+		} else if name != "" {
+			if _, err := s.trees.ready(name); err != nil {
+				return classify(err, "internal")
+			}
+		}
+	}
 	if err := linkInTheWay(j.result.ImplicitDirs, r.parents); err != nil {
 		return &fallback{"implicit_link", fmt.Errorf("layer %s: %w", j.layer.Digest, err)}
 	}

@@ -70,7 +70,7 @@ func probeImages(root string) (err error) {
 	if err := makeDir(filepath.Join(dir, "fs"), 0o755); err != nil {
 		return err
 	}
-	if err := mountTree(dir); err != nil {
+	if _, err := mountTree(dir); err != nil {
 		return fmt.Errorf("this kernel does not mount EROFS from a file on this file system (Linux 6.12 does, with CONFIG_EROFS_FS_BACKED_BY_FILE): %w", err)
 	}
 	return nil
@@ -78,19 +78,19 @@ func probeImages(root string) (err error) {
 
 // mountTree mounts the image of a tree's directory, if it has one, on its fs. Containers reach it through overlays of their own,
 // which say what a device or a set-user-id bit is worth.
-func mountTree(dir string) error {
+func mountTree(dir string) (isImage bool, err error) {
 	image, ok := imageOf(dir)
 	if !ok {
-		return nil
+		return false, nil
 	}
 	at := filepath.Join(dir, "fs")
 	if mounted, err := isMounted(at); err != nil || mounted {
-		return err
+		return true, err
 	}
 	if err := unix.Mount(image, at, "erofs", unix.MS_RDONLY|unix.MS_NODEV|unix.MS_NOSUID, ""); err != nil {
-		return fmt.Errorf("mount image %s: %w", image, err)
+		return true, fmt.Errorf("mount image %s: %w", image, err)
 	}
-	return nil
+	return true, nil
 }
 
 // isMounted says whether something is mounted on a directory.

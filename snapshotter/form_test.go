@@ -120,6 +120,35 @@ func TestMountFlags(t *testing.T) {
 	})
 }
 
+// Two files of a container are one only if they are: inode numbers of two images are alike.
+func TestInodesAreTold(t *testing.T) {
+	inForms(t, func(t *testing.T, form snapshotter.Form) {
+		f := newFake()
+		s := start(t, f, as(form))
+		top := pull{s: s, img: f.image("reg/a:1", "a", "b", "c")}.all(t)
+		mounts, err := s.Prepare(t.Context(), "container", top)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := mount.WithTempMount(t.Context(), mounts, func(dir string) error {
+			devices, inodes := map[uint64]bool{}, map[uint64]bool{}
+			for _, name := range []string{".", "a", "b", "c"} {
+				var st unix.Stat_t
+				if err := unix.Stat(filepath.Join(dir, name), &st); err != nil {
+					return err
+				}
+				devices[st.Dev], inodes[st.Ino] = true, true
+			}
+			if len(devices) != 1 || len(inodes) != 4 {
+				t.Errorf("devices %v, inodes %v", devices, inodes)
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
 // More layers than fit into the options of one mount by their whole paths.
 func TestManyLayers(t *testing.T) {
 	inForms(t, func(t *testing.T, form snapshotter.Form) {

@@ -106,7 +106,7 @@ func (t *trees) describe(staged string, info treeInfo) error {
 // returns. An image is mounted before it has the name, so that what has one can be used. If there is such a tree, it stays, and
 // the staged one is thrown away.
 func (t *trees) publish(staged, name string, info treeInfo) error {
-	if err := mountTree(staged); err != nil {
+	if _, err := mountTree(staged); err != nil {
 		return fmt.Errorf("publish layer %s: %w", name, err)
 	}
 	err := os.Rename(staged, t.path(name))
@@ -171,19 +171,19 @@ func (t *trees) mountAll(log *slog.Logger) error {
 		return err
 	}
 	for _, name := range names {
-		if err := t.ready(name); err != nil {
+		if _, err := t.ready(name); err != nil {
 			log.Error("layer cannot be used", "error", err)
 		}
 	}
 	return nil
 }
 
-// ready makes sure that a tree can be used: an image that is not mounted would be an empty directory.
-func (t *trees) ready(name string) error {
-	if err := mountTree(t.path(name)); err != nil {
-		return fmt.Errorf("layer %s: %w", name, err)
+// ready makes sure that a tree can be used, and says whether it is an image: one that is not mounted would be an empty directory.
+func (t *trees) ready(name string) (image bool, err error) {
+	if image, err = mountTree(t.path(name)); err != nil {
+		return image, fmt.Errorf("layer %s: %w", name, err)
 	}
-	return nil
+	return image, nil
 }
 
 // count gives the metric its first value.
