@@ -1,14 +1,16 @@
-// Package layer turns the blob of an OCI image layer into a directory tree, fast, in bounded memory, and without trusting it.
+// Package layer turns the blob of an OCI image layer into a tree, which is a directory or one EROFS image, fast, in bounded memory,
+// and without trusting it.
 //
 // All stages of a layer overlap, one goroutine each, and hand one another blocks that they share instead of copying:
 //
 //	source ─┬─ blob digest
 //	        └─ decompress ─┬─ diffID
-//	                       └─ tar parser ── file writers
+//	                       └─ tar parser ── file writers, or one image
 //
 // The tree is what containerd's own applier would have made in the upper directory of an overlay: white-outs are character
 // devices 0/0, opaque directories carry trusted.overlay.opaque. The bytes come from anywhere: paths are resolved one component
-// at a time from directory handles, never by a string through the file system, so nothing is ever written outside the tree.
+// at a time from directory handles, or among the names of an image, never by a string through the file system, so nothing is
+// ever written outside the tree.
 package layer
 
 import (
@@ -52,7 +54,8 @@ type Config struct {
 	// Writers is how many files of a layer are written at the same time; default: the cores, from 2 to 8.
 	Writers int
 	// MemoryBytes bounds the blocks of all layers in flight together; default 64 MiB. A layer waits until its guaranteed share
-	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a window of at most 128 MiB for zstd.
+	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a window of at most 128 MiB for zstd; and
+	// for images 1 MiB each, and their names, which all together may take as much again before one is an ErrNoImage.
 	MemoryBytes int64
 	Logger      *slog.Logger          // default: discard
 	Registerer  prometheus.Registerer // nil: no metrics
