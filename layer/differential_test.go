@@ -3,6 +3,7 @@ package layer_test
 import (
 	"archive/tar"
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/hearth-serverless/hearth/layer"
 )
@@ -96,7 +98,7 @@ func TestUnpackIsContainerds(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := layer.AdoptImplicitDirs(b, res.ImplicitDirs, ours); err != nil {
+			if err := res.AdoptImplicitDirs(b, ours); err != nil {
 				t.Fatal(err)
 			}
 			timed := func(rel string) bool {
@@ -115,26 +117,55 @@ func TestUnpackIsContainerds(t *testing.T) {
 	}
 }
 
-func TestAdoptImplicitDirsTakesTimes(t *testing.T) {
-	lower, upper := t.TempDir(), t.TempDir()
-	if _, err := unpackTar(t, makeTar(t, ent{name: "a/b", typ: tar.TypeDir, mode: 0o2751, uid: 3, gid: 4, mtime: time.Unix(1234, 5678)}), lower); err != nil {
+func TestAdoptImplicitDirs(t *testing.T) {
+	lower := t.TempDir()
+	if _, err := unpackTar(t, makeTar(t, ent{
+		name: "a/b", typ: tar.TypeDir, mode: 0o2751, uid: 3, gid: 4, mtime: time.Unix(1234, 5678), xattrs: map[string]string{"user.x": strings.Repeat("v", 200)},
+	}), lower); err != nil {
 		t.Fatal(err)
 	}
-	res, err := unpackTar(t, makeTar(t, file("a/b/c/d", "x")), upper)
-	if err != nil {
-		t.Fatal(err)
+	tarball := makeTar(t, file("a/b/c/d", "x"), file("a/b/.wh..wh..opq", ""))
+	for form, unpack := range forms {
+		t.Run(form, func(t *testing.T) {
+			where := t.TempDir()
+			res, err := unpack(newUnpacker(t, layer.Config{}), t.Context(), bytes.NewReader(tarball), specOf(tarball, tarball), where)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := []string{"a", "a/b", "a/b/c"}; !slices.Equal(res.ImplicitDirs, want) {
+				t.Fatalf("implicit directories: got %q, want %q", res.ImplicitDirs, want)
+			}
+			tree := filepath.Join(where, "fs")
+			if err := res.AdoptImplicitDirs(tree, []string{t.TempDir(), lower}); err != nil {
+				t.Fatal(err)
+			}
+			if form == "image" {
+				checkImage(t, tree)
+				tree = mountImage(t, tree)
+			}
+			always := func(string) bool { return true }
+			want, got := describe(t, lower, always)["a/b"], describe(t, tree, always)["a/b"]
+			if want := strings.Replace(want, " user.x", ` trusted.overlay.opaque="y" user.x`, 1); want != got {
+				t.Errorf("adopted directory: got %s, want %s", got, want)
+			}
+			if got := describe(t, tree, always)["a/b/c/d"]; !strings.Contains(got, "size=1") {
+				t.Errorf("its file: %s", got)
+			}
+		})
 	}
-	if want := []string{"a", "a/b", "a/b/c"}; !slices.Equal(res.ImplicitDirs, want) {
-		t.Fatalf("implicit directories: got %q, want %q", res.ImplicitDirs, want)
-	}
-	if err := layer.AdoptImplicitDirs(upper, res.ImplicitDirs, []string{lower}); err != nil {
-		t.Fatal(err)
-	}
-	always := func(string) bool { return true }
-	want, got := describe(t, lower, always)["a/b"], describe(t, upper, always)["a/b"]
-	if want != got {
-		t.Errorf("adopted directory: got %s, want %s", got, want)
-	}
+	t.Run("no room", func(t *testing.T) {
+		if err := unix.Setxattr(filepath.Join(lower, "a/b"), "user.y", make([]byte, 400), 0); err != nil {
+			t.Fatal(err)
+		}
+		tree := filepath.Join(t.TempDir(), "image")
+		res, err := newUnpacker(t, layer.Config{}).UnpackImage(t.Context(), bytes.NewReader(tarball), specOf(tarball, tarball), tree)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := res.AdoptImplicitDirs(tree, []string{lower}); !errors.Is(err, layer.ErrNoImage) {
+			t.Errorf("got error %v, want ErrNoImage", err)
+		}
+	})
 }
 
 func TestResultCounts(t *testing.T) {

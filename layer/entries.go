@@ -1,33 +1,15 @@
 package layer
 
 import (
-	"archive/tar"
 	"bytes"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"path"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
-
-const (
-	whiteout     = ".wh."
-	whiteoutMeta = ".wh..wh."
-	opaque       = ".wh..wh..opq"
-)
-
-// aufsMeta tells entries that AUFS left in layers for itself.
-func aufsMeta(name string) bool {
-	for part := range strings.SplitSeq(name, "/") {
-		if strings.HasPrefix(part, whiteoutMeta) && part != opaque {
-			return true
-		}
-	}
-	return false
-}
 
 // prepare makes room for a new entry, removing an earlier one at the same place. A directory stays if a directory is to come.
 func (x *extractor) prepare(d *dir, base string, kind uint32) (merge bool, err error) {
@@ -52,7 +34,8 @@ func (x *extractor) prepare(d *dir, base string, kind uint32) (merge bool, err e
 	return false, x.remove(d, base, old)
 }
 
-func (x *extractor) directory(d *dir, base, name string, m meta) error {
+func (x *extractor) directory(d *dir, m meta, e *entry) error {
+	base := e.base
 	merge, err := x.prepare(d, base, unix.S_IFDIR)
 	if err != nil {
 		return err
@@ -74,14 +57,16 @@ func (x *extractor) directory(d *dir, base, name string, m meta) error {
 		return err
 	}
 	x.bytes += n
-	x.tree.remember(name, made)
+	x.tree.remember(e.name, made)
 	x.dirTimes = append(x.dirTimes, dirTime{made.path, m.atime, m.mtime})
 	return x.keepText(made.path)
 }
 
-func (x *extractor) symlink(d *dir, base string, m meta, target string) error {
-	if target == "" || strings.IndexByte(target, 0) >= 0 {
-		return refuse("symbolic link to %q", target)
+func (x *extractor) symlink(d *dir, m meta, e *entry) error {
+	base := e.base
+	target, err := e.linkTarget()
+	if err != nil {
+		return err
 	}
 	if _, err := x.prepare(d, base, unix.S_IFLNK); err != nil {
 		return err
@@ -94,15 +79,16 @@ func (x *extractor) symlink(d *dir, base string, m meta, target string) error {
 }
 
 // hardlink links to an earlier file of the layer. Like containerd it then applies the link's own header to the shared inode.
-func (x *extractor) hardlink(d *dir, base string, m meta, target string) error {
-	clean, err := cleanName(target)
+func (x *extractor) hardlink(d *dir, m meta, e *entry) error {
+	base := e.base
+	clean, err := e.hardlinkTarget()
 	if err != nil {
-		return &refusal{reason: fmt.Sprintf("hard link to %q: %v", target, err)}
+		return err
 	}
 	parent, tbase := path.Split(clean)
 	td, err := x.tree.lookup(strings.TrimSuffix(parent, "/"), failMissing)
-	if errors.Is(err, unix.ENOENT) || clean == "." {
-		return refuse("hard link to %q, which the layer does not have", target)
+	if errors.Is(err, unix.ENOENT) {
+		return e.hardlinkBelow()
 	} else if err != nil {
 		return err
 	}
@@ -120,11 +106,11 @@ func (x *extractor) hardlink(d *dir, base string, m meta, target string) error {
 	err = unix.Fstatat(td.fd, tbase, &st, unix.AT_SYMLINK_NOFOLLOW)
 	switch {
 	case errors.Is(err, unix.ENOENT):
-		return refuse("hard link to %q, which the layer does not have", target)
+		return e.hardlinkBelow()
 	case err != nil:
 		return refuseErrno("hard link", err)
 	case st.Mode&unix.S_IFMT == unix.S_IFDIR:
-		return refuse("hard link to %q, which is a directory", target)
+		return refuse("hard link to %q, which is a directory", e.Linkname)
 	}
 	if err := unix.Linkat(td.fd, tbase, d.fd, base, 0); err != nil {
 		return refuseErrno("hard link", err)
@@ -132,21 +118,15 @@ func (x *extractor) hardlink(d *dir, base string, m meta, target string) error {
 	return m.applyAt(d, base, st.Mode&unix.S_IFMT)
 }
 
-func (x *extractor) special(d *dir, base string, m meta, hdr *tar.Header) error {
-	kind := uint32(unix.S_IFIFO)
-	switch hdr.Typeflag {
-	case tar.TypeChar:
-		kind = unix.S_IFCHR
-	case tar.TypeBlock:
-		kind = unix.S_IFBLK
-	}
-	if hdr.Devmajor < 0 || hdr.Devmajor > math.MaxUint32 || hdr.Devminor < 0 || hdr.Devminor > math.MaxUint32 {
-		return refuse("device number %d:%d", hdr.Devmajor, hdr.Devminor)
+func (x *extractor) special(d *dir, m meta, e *entry) error {
+	base := e.base
+	kind, dev, err := e.device()
+	if err != nil {
+		return err
 	}
 	if _, err := x.prepare(d, base, kind); err != nil {
 		return err
 	}
-	dev := unix.Mkdev(uint32(hdr.Devmajor), uint32(hdr.Devminor))
 	if err := unix.Mknodat(d.fd, base, kind|m.mode, int(dev)); err != nil {
 		return refuseErrno("make device", err)
 	}
@@ -155,18 +135,18 @@ func (x *extractor) special(d *dir, base string, m meta, hdr *tar.Header) error 
 }
 
 // whiteout hides something of the lower layers, in overlayfs's way.
-func (x *extractor) whiteout(d *dir, base string, hdr *tar.Header) error {
-	if base == opaque {
+func (x *extractor) whiteout(d *dir, e *entry) error {
+	if e.base == opaque {
 		if err := unix.Fsetxattr(d.fd, "trusted.overlay.opaque", []byte("y"), 0); err != nil {
 			return fmt.Errorf("make directory opaque: %w", err)
 		}
 		return nil
 	}
-	hidden := base[len(whiteout):]
-	if hidden == "" || hidden == "." || hidden == ".." {
-		return refuse("white-out of %q", hidden)
+	hidden, err := e.hidden()
+	if err != nil {
+		return err
 	}
-	m, err := metaOf(hdr)
+	m, err := metaOf(e.Header)
 	if err != nil {
 		return err
 	}
@@ -189,19 +169,19 @@ func (x *extractor) whiteout(d *dir, base string, hdr *tar.Header) error {
 }
 
 // regular hands a file to the writers: whole if it is small, in chunks as it comes if it is large.
-func (x *extractor) regular(d *dir, base string, m meta, hdr *tar.Header) error {
-	if _, err := x.prepare(d, base, unix.S_IFREG); err != nil {
+func (x *extractor) regular(d *dir, m meta, e *entry) error {
+	if _, err := x.prepare(d, e.base, unix.S_IFREG); err != nil {
 		return err
 	}
-	if sparse(hdr) {
-		return x.sparse(d, base, m, hdr.Size)
+	if e.sparse() {
+		return x.sparse(d, e.base, m, e.Size)
 	}
-	f := file{entry: hdr.Name, dir: d, base: base, meta: m}
-	if hdr.Size > blockSize {
-		return x.large(f, hdr.Size)
+	f := file{entry: e.Name, dir: d, base: e.base, meta: m}
+	if e.Size > blockSize {
+		return x.large(f, e.Size)
 	}
 	// All blocks but the last are full, so that it lies in two of them at most.
-	for i, left := 0, hdr.Size; left > 0; i++ {
+	for i, left := 0, e.Size; left > 0; i++ {
 		data, b, err := x.r.take(left)
 		if err != nil {
 			return short(err)
@@ -256,26 +236,6 @@ func (x *extractor) large(f file, size int64) error {
 	return nil
 }
 
-func short(err error) error {
-	if err == io.EOF {
-		return &refusal{reason: "the tar ends within its content", err: io.ErrUnexpectedEOF}
-	}
-	return err
-}
-
-// sparse tells whether the content in the tar is not the content of the file.
-func sparse(hdr *tar.Header) bool {
-	if hdr.Typeflag == tar.TypeGNUSparse {
-		return true
-	}
-	for key := range hdr.PAXRecords {
-		if strings.HasPrefix(key, "GNU.sparse.") {
-			return true
-		}
-	}
-	return false
-}
-
 // sparse writes a file with holes. They are rare, so the parser does it alone.
 func (x *extractor) sparse(d *dir, base string, m meta, size int64) error {
 	x.logical += size
@@ -291,13 +251,12 @@ func (x *extractor) sparse(d *dir, base string, m meta, size int64) error {
 		return fmt.Errorf("set size: %w", err)
 	}
 	buf := make([]byte, 64<<10)
-	zeros := make([]byte, len(buf))
 	for at := int64(0); ; {
 		if err := x.ctx.Err(); err != nil {
 			return err
 		}
 		n, err := io.ReadFull(x.tr, buf)
-		if n > 0 && !bytes.Equal(buf[:n], zeros[:n]) {
+		if !zero(buf[:n]) {
 			if werr := pwriteAll(fd, buf[:n], at); werr != nil {
 				return werr
 			}
@@ -316,6 +275,11 @@ func (x *extractor) sparse(d *dir, base string, m meta, size int64) error {
 	x.bytes += n
 	x.inodes++
 	return setTimes(fd, m.atime, m.mtime)
+}
+
+// zero tells a hole.
+func zero(data []byte) bool {
+	return len(data) == 0 || data[0] == 0 && bytes.Equal(data[1:], data[:len(data)-1])
 }
 
 func pwriteAll(fd int, data []byte, at int64) error {

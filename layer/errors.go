@@ -12,6 +12,14 @@ import (
 // does not hold, a broken compression stream, a hostile tar, a bomb. Such a layer is never retried and never fallen back from.
 var ErrCorrupt = errors.New("corrupt layer")
 
+// ErrUnsupported is a layer that cannot be unpacked apart from the layers below it, which is no fault of its bytes: a hard link in
+// it may lead to a file of theirs.
+var ErrUnsupported = errors.New("layer that needs the layers below it")
+
+// ErrNoImage is a layer that cannot be an EROFS image, though it may be a directory: it has more names than there is memory for,
+// or attributes that the format has no room for.
+var ErrNoImage = errors.New("layer that cannot be an image")
+
 // CorruptError says which layer is wrong, and how. It matches ErrCorrupt.
 type CorruptError struct {
 	// Layer is the digest of the blob as the manifest names it.

@@ -6,13 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
-	"io"
 	"maps"
 	"os"
 	"path"
 	"slices"
 	"strings"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,15 +25,12 @@ const (
 	pathBytesPerEntry = 16
 )
 
-// extractor parses the tar. It makes everything but the content of regular files itself, in the tar's order, and hands those
-// to the writers. It knows which files are still under way, and waits for one when a later entry needs its place.
+// extractor makes the tree as a directory. It makes everything but the content of regular files itself, in the tar's order, and
+// hands those to the writers. It knows which files are still under way, and waits for one when a later entry needs its place.
 type extractor struct {
-	ctx   context.Context
-	p     *pipeline
-	clock clock
-	tree  *tree
-	r     *blockReader
-	tr    *tar.Reader
+	*parser
+	tree    *tree
+	writers []writer
 
 	jobs    chan *batch
 	batch   *batch             // being filled
@@ -43,11 +40,9 @@ type extractor struct {
 	seed maphash.Seed
 	seen []uint64 // Bloom filter of names in the tree
 
-	entries, inodes, bytes int64
-	logical                int64 // bytes of sparse files beyond what was in the tar
-	pathBytes              int64
-	dirTimes               []dirTime
-	implicit               map[string]struct{}
+	inodes, bytes int64
+	dirTimes      []dirTime
+	implicit      map[string]struct{}
 }
 
 // dirTime is set when the directory has all its entries.
@@ -56,120 +51,65 @@ type dirTime struct {
 	atime, mtime unix.Timespec
 }
 
-func newExtractor(ctx context.Context, p *pipeline, root string) (*extractor, error) {
+func newExtractor(p *parser, root string) (sink, error) {
 	t, err := openTree(root)
 	if err != nil {
 		return nil, err
 	}
+	n := p.p.u.writers
 	x := &extractor{
-		ctx: ctx, p: p, tree: t,
-		jobs: make(chan *batch, 2*p.u.writers), batch: &batch{done: make(chan struct{})}, pending: map[pathKey]*batch{},
+		parser: p, tree: t, writers: make([]writer, n),
+		jobs: make(chan *batch, 2*n), batch: &batch{done: make(chan struct{})}, pending: map[pathKey]*batch{},
 		seed: maphash.MakeSeed(), seen: make([]uint64, seenBits/64), implicit: map[string]struct{}{},
 	}
 	t.arrive, t.implied = x.arrive, x.imply
-	x.r = &blockReader{ctx: ctx, blocks: p.toParse, clock: &x.clock, before: x.flush}
-	x.tr = tar.NewReader(x.r)
+	p.r.before = x.flush
 	return x, nil
 }
 
 func (x *extractor) close() { x.tree.close() }
 
-// parse reads the tar to the end of the stream.
-func (x *extractor) parse() error {
-	x.clock.start()
-	defer x.clock.stop()
-	layer := x.p.spec.Digest
-	for {
-		hdr, err := x.tr.Next()
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return x.broken(err)
-		}
-		if x.entries++; x.entries > x.p.u.limits.MaxEntries {
-			return x.p.corrupt(nil, "it has more than %d entries; if it is meant to, raise --layer-max-entries", x.p.u.limits.MaxEntries)
-		}
-		if err := x.entry(hdr); err != nil {
-			if x.ctx.Err() != nil {
-				return x.ctx.Err()
-			}
-			return corruptEntry(layer, hdr.Name, err)
-		}
+// write starts the writers.
+func (x *extractor) write(ctx context.Context, g *errgroup.Group) {
+	for i := range x.writers {
+		g.Go(func() error { return x.writers[i].run(ctx, x) })
 	}
-	if err := x.r.drain(); err != nil {
-		return err
-	}
-	close(x.jobs)
-	return nil
 }
 
-// broken tells a stream that was cut off from outside from a tar that is broken in itself.
-func (x *extractor) broken(err error) error {
-	if cerr := x.ctx.Err(); cerr != nil {
-		return cerr
-	}
-	return x.p.corrupt(err, "tar breaks after %d entries", x.entries)
-}
-
-// entry unpacks one entry of the tar.
-func (x *extractor) entry(hdr *tar.Header) error {
-	if hdr.Typeflag == tar.TypeXGlobalHeader {
-		return nil
-	}
-	name, err := cleanName(hdr.Name)
-	if err != nil || name == "." || aufsMeta(name) {
-		return err
-	}
-	parent, base := "", name
-	if i := strings.LastIndexByte(name, '/'); i >= 0 {
-		parent, base = name[:i], name[i+1:]
-	}
-	d, err := x.tree.lookup(parent, makeMissing)
+// add unpacks one entry of the tar.
+func (x *extractor) add(e *entry) error {
+	d, err := x.tree.lookup(e.parent, makeMissing)
 	if err != nil {
 		return err
 	}
 	defer d.release()
-	if strings.HasPrefix(base, whiteout) {
-		return x.whiteout(d, base, hdr)
+	if strings.HasPrefix(e.base, whiteout) {
+		return x.whiteout(d, e)
 	}
-	m, err := metaOf(hdr)
+	m, err := metaOf(e.Header)
 	if err != nil {
 		return err
 	}
-	switch hdr.Typeflag {
+	switch e.Typeflag {
 	case tar.TypeReg, tar.TypeGNUSparse:
-		return x.regular(d, base, m, hdr)
+		return x.regular(d, m, e)
 	case tar.TypeDir:
-		return x.directory(d, base, name, m)
+		return x.directory(d, m, e)
 	case tar.TypeSymlink:
-		return x.symlink(d, base, m, hdr.Linkname)
+		return x.symlink(d, m, e)
 	case tar.TypeLink:
-		return x.hardlink(d, base, m, hdr.Linkname)
+		return x.hardlink(d, m, e)
 	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
-		return x.special(d, base, m, hdr)
+		return x.special(d, m, e)
 	default:
-		return refuse("its type %q is not known", hdr.Typeflag)
+		return refuse("its type %q is not known", e.Typeflag)
 	}
 }
 
-// cleanName checks a name of the tar and gives it without ".", ".." and slashes too many; "." is the root.
-func cleanName(name string) (string, error) {
-	switch {
-	case name == "":
-		return "", refuse("it has no name")
-	case strings.IndexByte(name, 0) >= 0:
-		return "", refuse("its name contains a NUL")
-	case len(name) > maxPath:
-		return "", refuse("its name has %d bytes, more than %d", len(name), maxPath)
-	case name[0] == '/':
-		return "", refuse("its name is an absolute path")
-	}
-	name = path.Clean(name)
-	if name == ".." || strings.HasPrefix(name, "../") {
-		return "", refuse("its name climbs out of the layer")
-	}
-	return name, nil
+// end lets the writers end.
+func (x *extractor) end() error {
+	close(x.jobs)
+	return nil
 }
 
 // arrive waits until a file on its way to this place is written.
@@ -249,15 +189,6 @@ func (x *extractor) imply(key pathKey) error {
 	return x.keepText(name)
 }
 
-// keepText accounts for text that is kept to the end.
-func (x *extractor) keepText(s string) error {
-	x.pathBytes += int64(len(s)) + 48
-	if limit := x.p.u.limits.MaxEntries * pathBytesPerEntry; x.pathBytes > max(limit, 1<<20) {
-		return refuse("the directories' names take over %d bytes; if they are meant to, raise --layer-max-entries", limit)
-	}
-	return nil
-}
-
 // mark notes a name as existing, and says whether it may have existed before.
 func (x *extractor) mark(key pathKey) (before bool) {
 	h := maphash.Comparable(x.seed, key)
@@ -269,9 +200,7 @@ func (x *extractor) mark(key pathKey) (before bool) {
 }
 
 // finish sets what had to wait for the directories' entries. The writers have ended.
-func (x *extractor) finish() error {
-	x.clock.resume()
-	defer x.clock.stop()
+func (x *extractor) finish(res *Result) error {
 	for _, dt := range x.dirTimes {
 		parent, base := path.Split(dt.path)
 		d, err := x.tree.lookup(strings.TrimSuffix(parent, "/"), failMissing)
@@ -287,12 +216,14 @@ func (x *extractor) finish() error {
 			return fmt.Errorf("%s: %w", dt.path, err)
 		}
 	}
+	res.ImplicitDirs = slices.Sorted(maps.Keys(x.implicit))
+	res.Bytes, res.Inodes = x.bytes, x.inodes
+	for i := range x.writers {
+		res.Bytes += x.writers[i].bytes
+		res.Inodes += x.writers[i].inodes
+		res.Timings.Write.merge(x.writers[i].clock.stage)
+	}
 	return nil
-}
-
-func (x *extractor) result() *Result {
-	implicit := slices.Sorted(maps.Keys(x.implicit))
-	return &Result{Bytes: x.bytes, Inodes: x.inodes, ImplicitDirs: implicit, Timings: Timings{Tar: x.clock.stage}}
 }
 
 // remove takes away what an earlier entry of the layer made.

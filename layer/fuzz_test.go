@@ -2,7 +2,10 @@ package layer_test
 
 import (
 	"bytes"
+	"errors"
 	"os"
+	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/hearth-serverless/hearth/layer"
@@ -24,6 +27,9 @@ func FuzzUnpack(f *testing.F) {
 	f.Add(compress(f, layer.Zstd, makeTar(f, file("a", "b"))))
 	f.Add(compress(f, layer.LZ4, makeTar(f, file("a", "b"))))
 	f.Add(sparseTar(f, 9000))
+	for _, ents := range corners() {
+		f.Add(makeTar(f, ents[:min(len(ents), 20)]...))
+	}
 	where := "/dev/shm"
 	if _, err := os.Stat(where); err != nil {
 		where = f.TempDir()
@@ -31,8 +37,21 @@ func FuzzUnpack(f *testing.F) {
 	u := newUnpacker(f, layer.Config{Limits: layer.Limits{MaxBytes: 4 << 20, MaxEntries: 1000}})
 	f.Fuzz(func(t *testing.T, data []byte) {
 		y := newYard(t, where)
-		_, _ = u.Unpack(t.Context(), bytes.NewReader(data), specOf(data, data), y.into)
+		dir, derr := u.Unpack(t.Context(), bytes.NewReader(data), specOf(data, data), y.into)
 		y.unharmed(t)
+		file := filepath.Join(y.outer, "image")
+		image, ierr := u.UnpackImage(t.Context(), bytes.NewReader(data), specOf(data, data), file)
+		if ierr == nil {
+			checkImage(t, file)
+		}
+		for _, err := range []error{layer.ErrCorrupt, layer.ErrUnsupported} {
+			if derr, ierr := errors.Is(derr, err), errors.Is(ierr, err); derr != ierr {
+				t.Errorf("%v: %t for a directory, %t for an image", err, derr, ierr)
+			}
+		}
+		if derr == nil && ierr == nil && !slices.Equal(dir.ImplicitDirs, image.ImplicitDirs) {
+			t.Errorf("implicit directories: %q in a directory, %q in an image", dir.ImplicitDirs, image.ImplicitDirs)
+		}
 	})
 }
 

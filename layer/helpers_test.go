@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"fmt"
 	"io"
 	"io/fs"
@@ -144,6 +145,38 @@ func newUnpacker(t testing.TB, cfg layer.Config) *layer.Unpacker {
 func unpackTar(t testing.TB, tarball []byte, into string) (*layer.Result, error) {
 	t.Helper()
 	return newUnpacker(t, layer.Config{}).Unpack(t.Context(), bytes.NewReader(tarball), specOf(tarball, tarball), into)
+}
+
+// forms are the ways to unpack a layer below an empty directory. What is unpacked has the name "fs"; an image may be mounted.
+var forms = map[string]func(u *layer.Unpacker, ctx context.Context, src io.Reader, spec layer.Spec, where string) (*layer.Result, error){
+	"directory": func(u *layer.Unpacker, ctx context.Context, src io.Reader, spec layer.Spec, where string) (*layer.Result, error) {
+		into := filepath.Join(where, "fs")
+		if err := os.Mkdir(into, 0o755); err != nil {
+			return nil, err
+		}
+		return u.Unpack(ctx, src, spec, into)
+	},
+	"image": func(u *layer.Unpacker, ctx context.Context, src io.Reader, spec layer.Spec, where string) (*layer.Result, error) {
+		return u.UnpackImage(ctx, src, spec, filepath.Join(where, "fs"))
+	},
+}
+
+// mountImage mounts an image until the test ends. It fails where the kernel can mount images from files and this one is wrong.
+func mountImage(t testing.TB, image string) (root string) {
+	t.Helper()
+	root = t.TempDir()
+	if err := unix.Mount(image, root, "erofs", unix.MS_RDONLY, ""); err != nil {
+		if err == unix.ENODEV || err == unix.ENOTBLK || err == unix.EPERM {
+			t.Skipf("this kernel, or this user, cannot mount EROFS from a file: %v", err)
+		}
+		t.Fatalf("mount image: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return root
 }
 
 // describe lists a tree, all that a container could tell apart; inodes are numbered by their first name.

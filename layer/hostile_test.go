@@ -101,8 +101,6 @@ func TestHostileEntriesAreRefused(t *testing.T) {
 		"hard link absolute":                {hard("h", "/etc/passwd")},
 		"hard link climbs":                  {hard("h", "../canary")},
 		"hard link climbs inside":           {dir("a", 0o755), hard("a/h", "a/../../canary")},
-		"hard link missing":                 {hard("h", "nothing")},
-		"hard link into nowhere":            {hard("h", "no/thing")},
 		"hard link to a directory":          {dir("d", 0o755), hard("h", "d")},
 		"hard link to the root":             {hard("h", ".")},
 		"hard link empty":                   {hard("h", "")},
@@ -140,20 +138,22 @@ func TestHostileEntriesAreRefused(t *testing.T) {
 func refused(t *testing.T, u *layer.Unpacker, tarball []byte, entry string) {
 	t.Helper()
 	for _, format := range []layer.Format{layer.Tar, layer.Gzip} {
-		y := newYard(t, t.TempDir())
-		blob := compress(t, format, tarball)
-		spec := specOf(blob, tarball)
-		_, err := u.Unpack(t.Context(), bytes.NewReader(blob), spec, y.into)
-		y.unharmed(t)
-		var corrupt *layer.CorruptError
-		if !errors.Is(err, layer.ErrCorrupt) || !errors.As(err, &corrupt) {
-			t.Fatalf("%s: got error %v, want a CorruptError", format, err)
-		}
-		if corrupt.Layer != spec.Digest || !strings.Contains(err.Error(), spec.Digest.String()) {
-			t.Errorf("%s: the error does not name the layer: %v", format, err)
-		}
-		if shown := entry[:min(len(entry), 64)]; !strings.Contains(err.Error(), shown) && !strings.Contains(err.Error(), "tar breaks") {
-			t.Errorf("%s: the error does not name the entry %q: %v", format, shown, err)
+		for form, unpack := range forms {
+			y := newYard(t, t.TempDir())
+			blob := compress(t, format, tarball)
+			spec := specOf(blob, tarball)
+			_, err := unpack(u, t.Context(), bytes.NewReader(blob), spec, y.into)
+			y.unharmed(t)
+			var corrupt *layer.CorruptError
+			if !errors.Is(err, layer.ErrCorrupt) || !errors.As(err, &corrupt) {
+				t.Fatalf("%s, %s: got error %v, want a CorruptError", format, form, err)
+			}
+			if corrupt.Layer != spec.Digest || !strings.Contains(err.Error(), spec.Digest.String()) {
+				t.Errorf("%s, %s: the error does not name the layer: %v", format, form, err)
+			}
+			if shown := entry[:min(len(entry), 64)]; !strings.Contains(err.Error(), shown) && !strings.Contains(err.Error(), "tar breaks") {
+				t.Errorf("%s, %s: the error does not name the entry %q: %v", format, form, shown, err)
+			}
 		}
 	}
 }
@@ -181,9 +181,11 @@ func TestBombs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			tarball := makeTar(t, tt.ents...)
 			blob := compress(t, tt.format, tarball)
-			_, err := newUnpacker(t, layer.Config{Limits: tt.limits}).Unpack(t.Context(), bytes.NewReader(blob), specOf(blob, tarball), shm(t))
-			if !errors.Is(err, layer.ErrCorrupt) || !strings.Contains(err.Error(), tt.flag) {
-				t.Fatalf("got error %v, want one that is corrupt and names %s", err, tt.flag)
+			for form, unpack := range forms {
+				_, err := unpack(newUnpacker(t, layer.Config{Limits: tt.limits}), t.Context(), bytes.NewReader(blob), specOf(blob, tarball), shm(t))
+				if !errors.Is(err, layer.ErrCorrupt) || !strings.Contains(err.Error(), tt.flag) {
+					t.Fatalf("%s: got error %v, want one that is corrupt and names %s", form, err, tt.flag)
+				}
 			}
 		})
 	}
@@ -191,9 +193,11 @@ func TestBombs(t *testing.T) {
 		for _, size := range []int64{20 << 30, 1 << 62} {
 			tarball := sparseTar(t, size)
 			blob := compress(t, layer.Gzip, tarball)
-			_, err := newUnpacker(t, layer.Config{}).Unpack(t.Context(), bytes.NewReader(blob), specOf(blob, tarball), shm(t))
-			if !errors.Is(err, layer.ErrCorrupt) || !strings.Contains(err.Error(), "--layer-max-") {
-				t.Fatalf("got error %v, want one that names the flag", err)
+			for form, unpack := range forms {
+				_, err := unpack(newUnpacker(t, layer.Config{}), t.Context(), bytes.NewReader(blob), specOf(blob, tarball), shm(t))
+				if !errors.Is(err, layer.ErrCorrupt) || !strings.Contains(err.Error(), "--layer-max-") {
+					t.Fatalf("%s: got error %v, want one that names the flag", form, err)
+				}
 			}
 		}
 	})

@@ -2,9 +2,7 @@ package layer
 
 import (
 	"container/list"
-	"errors"
 	"fmt"
-	"path"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -139,86 +137,13 @@ func (t *tree) start(name string) (*dir, int) {
 	return t.root.retain(), 0
 }
 
-// missing says whether directories that are not there are made.
-type missing int
+// lookup gives the directory at name, as resolve does. The caller releases what it gets.
+func (t *tree) lookup(name string, mode missing) (*dir, error) { return resolve(t, name, mode) }
 
-const (
-	failMissing missing = iota
-	makeMissing
-)
+func (t *tree) place(d *dir) string { return d.path }
+func (t *tree) drop(d *dir)         { d.release() }
 
-// lookup gives the directory at name, a clean relative path or "" for the root. Symbolic links are followed within the root: a
-// relative target must not climb above it, an absolute one counts from it and must exist already. With failMissing a missing
-// directory is unix.ENOENT. The caller releases what it gets.
-func (t *tree) lookup(name string, mode missing) (*dir, error) {
-	asked, links := name, 0
-	must := 0 // so much of name has to exist, since an absolute link promised it
-	cur, at := t.start(name)
-	for at < len(name) {
-		if name[at] == '/' {
-			at++
-		}
-		end := len(name)
-		if i := strings.IndexByte(name[at:], '/'); i >= 0 {
-			end = at + i
-		}
-		base := name[at:end]
-		next, target, err := t.step(cur, base, mode == makeMissing && end > must)
-		switch {
-		case err != nil:
-			cur.release()
-			if end <= must && errors.Is(err, unix.ENOENT) {
-				return nil, refuse("its path leads through an absolute symbolic link to %q, which is no directory of this layer", name[:must])
-			}
-			return nil, err
-		case next != nil:
-			cur.release()
-			cur, at = next, end
-			t.remember(name[:at], cur)
-			continue
-		}
-		if links++; links > maxLinks {
-			cur.release()
-			return nil, &refusal{reason: "its path leads through too many symbolic links", err: unix.ELOOP}
-		}
-		to, absolute, err := follow(cur.path, base, target)
-		cur.release()
-		if err != nil {
-			return nil, err
-		}
-		if absolute || end <= must {
-			must = len(to) + max(must-end, 0)
-		} else {
-			must = 0
-		}
-		name = strings.TrimPrefix(to+name[end:], "/")
-		if len(name) > maxPath {
-			return nil, &refusal{reason: "its path", err: unix.ENAMETOOLONG}
-		}
-		cur, at = t.start(name)
-	}
-	if name != asked {
-		t.remember(asked, cur)
-	}
-	return cur, nil
-}
-
-// follow gives the path that a link called base in dir leads to.
-func follow(dir, base, target string) (to string, absolute bool, err error) {
-	if strings.HasPrefix(target, "/") {
-		return strings.TrimPrefix(path.Clean(target), "/"), true, nil
-	}
-	to = path.Join(dir, target)
-	if to == ".." || strings.HasPrefix(to, "../") {
-		return "", false, refuse("its path leads through the symbolic link %q, whose target %q climbs out of the layer", path.Join(dir, base), target)
-	}
-	if to == "." {
-		to = ""
-	}
-	return to, false, nil
-}
-
-// step opens one name below a directory. It gives a directory, or the target of a symbolic link, or an error.
+// step opens one name below a directory.
 func (t *tree) step(at *dir, base string, create bool) (*dir, string, error) {
 	for {
 		fd, err := unix.Openat(at.fd, base, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
@@ -237,8 +162,11 @@ func (t *tree) step(at *dir, base string, create bool) (*dir, string, error) {
 			if err := t.arrive(key); err != nil {
 				return nil, "", err
 			}
+			var st unix.Stat_t
+			if unix.Fstatat(at.fd, base, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
+				continue // it arrived
+			}
 			if !create {
-				// What arrived is a file, or nothing did: either way this is no directory.
 				return nil, "", unix.ENOENT
 			}
 			if err := t.implied(key); err != nil {

@@ -1,14 +1,16 @@
-// Package layer turns the blob of an OCI image layer into a directory tree, fast, in bounded memory, and without trusting it.
+// Package layer turns the blob of an OCI image layer into a tree, which is a directory or one EROFS image, fast, in bounded memory,
+// and without trusting it.
 //
 // All stages of a layer overlap, one goroutine each, and hand one another blocks that they share instead of copying:
 //
 //	source ─┬─ blob digest
 //	        └─ decompress ─┬─ diffID
-//	                       └─ tar parser ── file writers
+//	                       └─ tar parser ── file writers, or one image
 //
 // The tree is what containerd's own applier would have made in the upper directory of an overlay: white-outs are character
 // devices 0/0, opaque directories carry trusted.overlay.opaque. The bytes come from anywhere: paths are resolved one component
-// at a time from directory handles, never by a string through the file system, so nothing is ever written outside the tree.
+// at a time from directory handles, or among the names of an image, never by a string through the file system, so nothing is
+// ever written outside the tree.
 package layer
 
 import (
@@ -21,6 +23,7 @@ import (
 	"io"
 	"log/slog"
 	"runtime"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
@@ -51,7 +54,8 @@ type Config struct {
 	// Writers is how many files of a layer are written at the same time; default: the cores, from 2 to 8.
 	Writers int
 	// MemoryBytes bounds the blocks of all layers in flight together; default 64 MiB. A layer waits until its guaranteed share
-	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a window of at most 128 MiB for zstd.
+	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a window of at most 128 MiB for zstd; and
+	// for images 1 MiB each, and their names, which all together may take as much again before one is an ErrNoImage.
 	MemoryBytes int64
 	Logger      *slog.Logger          // default: discard
 	Registerer  prometheus.Registerer // nil: no metrics
@@ -75,6 +79,8 @@ type Result struct {
 	// want AdoptImplicitDirs once the parent layers are there.
 	ImplicitDirs []string
 	Timings      Timings
+
+	slots map[string]uint64 // of the inodes of ImplicitDirs, if it is an image
 }
 
 // Unpacker unpacks layers. It is safe for concurrent use; all its layers share one budget of memory.
@@ -84,6 +90,9 @@ type Unpacker struct {
 	arena   *arena
 	log     *slog.Logger
 	metrics *metrics
+
+	names      atomic.Int64 // bytes of the names of images in the making
+	namesBytes int64        // as many as there may be
 }
 
 // New makes an Unpacker.
@@ -105,10 +114,11 @@ func New(cfg Config) (*Unpacker, error) {
 			MaxRatio:   cmp.Or(cfg.Limits.MaxRatio, defaultMaxRatio),
 			MaxEntries: cmp.Or(cfg.Limits.MaxEntries, defaultMaxEntries),
 		},
-		writers: cmp.Or(cfg.Writers, min(max(runtime.GOMAXPROCS(0), 2), 8)),
-		arena:   newArena(memory),
-		log:     cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler)),
-		metrics: m,
+		writers:    cmp.Or(cfg.Writers, min(max(runtime.GOMAXPROCS(0), 2), 8)),
+		arena:      newArena(memory),
+		namesBytes: memory,
+		log:        cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler)),
+		metrics:    m,
 	}, nil
 }
 
@@ -120,7 +130,17 @@ func New(cfg Config) (*Unpacker, error) {
 // errors.Is and errors.As find them. Unpack stops soon after ctx is done or a stage failed, but it waits for a Read of src that
 // is under way: src must end with the same ctx.
 func (u *Unpacker) Unpack(ctx context.Context, src io.Reader, spec Spec, dir string) (*Result, error) {
-	res, err := u.unpack(ctx, src, spec, dir)
+	return u.into(ctx, src, spec, func(p *parser) (sink, error) { return newExtractor(p, dir) })
+}
+
+// UnpackImage does the same, but writes the tree as one EROFS image to file, which it makes. The mounted image is what the
+// directory would be, except that EROFS keeps no access times. A layer that cannot be an image is an ErrNoImage.
+func (u *Unpacker) UnpackImage(ctx context.Context, src io.Reader, spec Spec, file string) (*Result, error) {
+	return u.into(ctx, src, spec, func(p *parser) (sink, error) { return newImage(p, file) })
+}
+
+func (u *Unpacker) into(ctx context.Context, src io.Reader, spec Spec, open func(*parser) (sink, error)) (*Result, error) {
+	res, err := u.unpack(ctx, src, spec, open)
 	u.metrics.done(res, err)
 	if err == nil {
 		return res, nil
@@ -131,7 +151,7 @@ func (u *Unpacker) Unpack(ctx context.Context, src io.Reader, spec Spec, dir str
 	return nil, fmt.Errorf("unpack layer %s: %w", spec.Digest, err)
 }
 
-func (u *Unpacker) unpack(ctx context.Context, src io.Reader, spec Spec, dir string) (*Result, error) {
+func (u *Unpacker) unpack(ctx context.Context, src io.Reader, spec Spec, open func(*parser) (sink, error)) (*Result, error) {
 	for _, d := range []digest.Digest{spec.Digest, spec.DiffID} {
 		if err := d.Validate(); err != nil {
 			return nil, fmt.Errorf("digest %q: %w", d, err)
@@ -145,42 +165,36 @@ func (u *Unpacker) unpack(ctx context.Context, src io.Reader, spec Spec, dir str
 
 	g, gctx := errgroup.WithContext(ctx)
 	p := newPipeline(u, q, spec)
-	x, err := newExtractor(gctx, p, dir)
-	if err != nil {
+	x := newParser(gctx, p)
+	if x.sink, err = open(x); err != nil {
 		return nil, err
 	}
-	defer x.close()
+	defer x.sink.close()
 
 	var blob, tar hashStage
 	g.Go(func() error { return p.fetch(gctx, src) })
 	g.Go(func() error { return blob.run(gctx, p.toDigest, p.spec.Digest, "digest", p) })
 	g.Go(func() error { return p.decompress(gctx) })
 	g.Go(func() error { return tar.run(gctx, p.toDiffID, p.spec.DiffID, "diffID", p) })
-	g.Go(func() error { return x.parse() })
-	writers := make([]writer, u.writers)
-	for i := range writers {
-		g.Go(func() error { return writers[i].run(gctx, x) })
-	}
+	g.Go(x.run)
+	x.sink.write(gctx, g)
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
 	if err := p.sameDigest(); err != nil {
 		return nil, err
 	}
-	if err := x.finish(); err != nil {
+	res := &Result{CompressedBytes: p.fetched}
+	x.clock.resume()
+	if err := x.sink.finish(res); err != nil {
 		return nil, err
 	}
+	x.clock.stop()
 
-	res := x.result()
-	res.CompressedBytes = p.fetched
+	res.Timings.Tar = x.clock.stage
 	res.Timings.Fetch = p.fetchClock.stage
 	res.Timings.Decompress = p.decompressClock.stage
 	res.Timings.Digest, res.Timings.DiffID = blob.clock.stage, tar.clock.stage
-	for i := range writers {
-		res.Bytes += writers[i].bytes
-		res.Inodes += writers[i].inodes
-		res.Timings.Write.merge(writers[i].clock.stage)
-	}
 	u.log.Debug("layer unpacked", "layer", spec.Digest, "format", p.format, "blob_bytes", p.fetched, "tar_bytes", p.decompressed, "inodes", res.Inodes)
 	return res, nil
 }

@@ -60,15 +60,27 @@ func (s *Snapshotter) adopt(r request, se *session, j *job) (err error) {
 		}
 	}()
 	tree := filepath.Join(j.staged, "fs")
+	if image, ok := imageOf(j.staged); ok {
+		tree = image
+	}
+	for _, parent := range r.parents {
+		if name, err := treeOf(parent); err != nil {
+			return classify(err, "internal")
+		} else if name != "" {
+			if _, err := s.trees.ready(name); err != nil {
+				return classify(err, "internal")
+			}
+		}
+	}
 	if err := linkInTheWay(j.result.ImplicitDirs, r.parents); err != nil {
 		return &fallback{"implicit_link", fmt.Errorf("layer %s: %w", j.layer.Digest, err)}
 	}
 	if len(r.parents) > 0 {
-		if err := layer.AdoptImplicitDirs(tree, j.result.ImplicitDirs, r.parents); err != nil {
+		if err := j.result.AdoptImplicitDirs(tree, r.parents); err != nil {
 			return classify(fmt.Errorf("layer %s: %w", j.layer.Digest, err), "internal")
 		}
 		start := time.Now()
-		if err := s.syncer.sync(); err != nil {
+		if err := s.syncer.tree(j.staged); err != nil {
 			return classify(err, "internal")
 		}
 		se.trace.add(phaseSync, start, time.Now())
@@ -128,6 +140,8 @@ func classify(err error, reason string) error {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted) // containerd has no more space than we
 	case errors.Is(err, errClosed):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	case errors.Is(err, layer.ErrUnsupported):
+		return &fallback{"unsupported", err}
 	case errors.Is(err, errDeadline):
 		return &fallback{"deadline", err}
 	case errors.Is(err, errStalled):

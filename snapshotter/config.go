@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"time"
@@ -21,9 +22,10 @@ type Registry interface {
 	Open(ctx context.Context, ref string, l registry.Layer) (io.ReadCloser, error)
 }
 
-// Unpacker turns a layer's bytes into a tree. *layer.Unpacker is one.
+// Unpacker turns a layer's bytes into a tree, in one form or the other. *layer.Unpacker is one.
 type Unpacker interface {
 	Unpack(ctx context.Context, src io.Reader, spec layer.Spec, dir string) (*layer.Result, error)
+	UnpackImage(ctx context.Context, src io.Reader, spec layer.Spec, file string) (*layer.Result, error)
 }
 
 // Config says where a Snapshotter lives and what it works with. Root, Registry and Layers are required.
@@ -32,6 +34,8 @@ type Config struct {
 	Root     string
 	Registry Registry
 	Layers   Unpacker
+	// Form is how new layers are kept; default FormAuto.
+	Form Form
 	// Parallel is how many layers are fetched and unpacked at the same time, the larger ones first; default 4.
 	Parallel int
 	// ResolveTimeout bounds reading an image's manifest and config; default 30 s.
@@ -55,6 +59,10 @@ func (c Config) withDefaults() (Config, error) {
 		return c, errors.New("snapshotter: registry and layers are required")
 	case c.Parallel < 0 || c.ResolveTimeout < 0 || c.StallTimeout < 0 || c.PrepareTimeout < 0 || c.SessionIdle < 0:
 		return c, errors.New("snapshotter: counts and timeouts must not be negative")
+	}
+	c.Form = cmp.Or(c.Form, FormAuto)
+	if c.Form != FormAuto && c.Form != FormErofs && c.Form != FormDirectory {
+		return c, fmt.Errorf("snapshotter: layers as %q: there are %s, %s and %s", c.Form, FormAuto, FormErofs, FormDirectory)
 	}
 	c.Parallel = cmp.Or(c.Parallel, 4)
 	c.ResolveTimeout = cmp.Or(c.ResolveTimeout, 30*time.Second)

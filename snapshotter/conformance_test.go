@@ -19,24 +19,25 @@ import (
 
 // TestConformance is containerd's own suite, on the snapshotter itself and as containerd sees it: through gRPC on a Unix socket.
 func TestConformance(t *testing.T) {
-	needRoot(t)
-	t.Run("direct", func(t *testing.T) {
-		testsuite.SnapshotterSuite(t, "overlayfs", func(_ context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-			s, err := snapshotter.New(snapshotter.Config{Root: root, Registry: newFake(), Layers: newFake()})
-			if err != nil {
-				return nil, nil, err
-			}
-			return s, s.Close, nil
+	inForms(t, func(t *testing.T, form snapshotter.Form) {
+		t.Run("direct", func(t *testing.T) {
+			testsuite.SnapshotterSuite(t, "overlayfs", func(_ context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+				s, err := snapshotter.New(snapshotter.Config{Root: root, Registry: newFake(), Layers: newFake(), Form: form})
+				if err != nil {
+					return nil, nil, err
+				}
+				return s, s.Close, nil
+			})
 		})
-	})
-	t.Run("proxy", func(t *testing.T) {
-		testsuite.SnapshotterSuite(t, "overlayfs", func(_ context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-			s, err := snapshotter.New(snapshotter.Config{Root: root, Registry: newFake(), Layers: newFake()})
-			if err != nil {
-				return nil, nil, err
-			}
-			client, stop, err := serve(s, filepath.Join(root, "s"))
-			return client, func() error { return errors.Join(stop(), s.Close()) }, err
+		t.Run("proxy", func(t *testing.T) {
+			testsuite.SnapshotterSuite(t, "overlayfs", func(_ context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+				s, err := snapshotter.New(snapshotter.Config{Root: root, Registry: newFake(), Layers: newFake(), Form: form})
+				if err != nil {
+					return nil, nil, err
+				}
+				client, stop, err := serve(s, filepath.Join(root, "s"))
+				return client, func() error { return errors.Join(stop(), s.Close()) }, err
+			})
 		})
 	})
 }

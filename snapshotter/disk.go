@@ -19,14 +19,14 @@ func makeDir(path string, mode fs.FileMode) error {
 	return os.Chmod(path, mode)
 }
 
-// syncDir makes the names in a directory durable.
-func syncDir(path string) error {
-	d, err := os.Open(path)
+// syncFile makes a file's content, or the names in a directory, durable.
+func syncFile(path string) error {
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	defer d.Close()
-	return d.Sync()
+	defer f.Close()
+	return f.Sync()
 }
 
 func readNames(dir string) ([]string, error) {
@@ -62,7 +62,8 @@ func emptyTrash(root string) error {
 	}
 	errs := make([]error, 0, len(names))
 	for _, name := range names {
-		errs = append(errs, os.RemoveAll(filepath.Join(trash, name)))
+		dir := filepath.Join(trash, name)
+		errs = append(errs, removeTree(filepath.Join(dir, "it")), os.RemoveAll(dir))
 	}
 	return errors.Join(errs...)
 }
@@ -128,6 +129,20 @@ func (s *syncer) sync() error {
 	<-s.turn
 	close(round.done)
 	return round.err
+}
+
+// tree makes a staged tree durable: an image by itself, whatever else waits to be written, and a directory by a sync for all.
+func (s *syncer) tree(staged string) error {
+	image, ok := imageOf(staged)
+	if !ok {
+		return s.sync()
+	}
+	for _, path := range []string{image, filepath.Join(staged, "layer.json"), staged} {
+		if err := syncFile(path); err != nil {
+			return fmt.Errorf("sync layer: %w", err)
+		}
+	}
+	return nil
 }
 
 func (s *syncer) close() error { return s.dir.Close() }

@@ -8,6 +8,7 @@
 //	metadata.db        names, parents and labels of snapshots (containerd's MetaStore)
 //	snapshots/<id>/fs  a snapshot's directory, or a symbolic link to the layer's tree
 //	layers/<diffID>/   the tree of an unpacked layer (fs) and what is known of it (layer.json)
+//	                   a layer that is kept as an EROFS image (layer.erofs) has it mounted on fs
 //	staging/           trees in the making
 //	trash/             what is being deleted
 //

@@ -1,12 +1,16 @@
 package snapshotter_test
 
 import (
+	"archive/tar"
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -32,12 +36,58 @@ func needRoot(t *testing.T) {
 	}
 }
 
+// forms are run by every test that may see a difference.
+var forms = []snapshotter.Form{snapshotter.FormDirectory, snapshotter.FormErofs}
+
+// inForms runs a test for each form that this machine can have.
+func inForms(t *testing.T, test func(t *testing.T, form snapshotter.Form)) {
+	t.Helper()
+	needRoot(t)
+	for _, form := range forms {
+		t.Run(string(form), func(t *testing.T) { test(t, form) })
+	}
+}
+
+// as sets the form of a snapshotter.
+func as(form snapshotter.Form) func(*snapshotter.Config) {
+	return func(c *snapshotter.Config) { c.Form = form }
+}
+
+// unmountBelow ends what a snapshotter leaves mounted, as the end of a deployment does.
+func unmountBelow(t *testing.T, root string) {
+	t.Helper()
+	for _, at := range mountsBelow(t, root) {
+		if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount %s: %v", at, err)
+		}
+	}
+}
+
+// mountsBelow lists what is mounted below a directory.
+func mountsBelow(t *testing.T, root string) (at []string) {
+	t.Helper()
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if fields := strings.Fields(line); len(fields) > 4 && strings.HasPrefix(fields[4], root+"/") {
+			at = append(at, fields[4])
+		}
+	}
+	slices.Reverse(at)
+	return at
+}
+
 // fake is a registry and an unpacker in one. A layer is named by a word, and its tree is a file of that name which holds it.
 type fake struct {
 	mu       sync.Mutex
 	images   map[string]*registry.Image
 	words    map[digest.Digest]string // by blob digest
-	implicit map[string][]string      // by word
+	implicit map[string][]string      // by word: directories that only a file in them implies
+	extra    map[string][]tar.Header  // by word: more entries
+	noImage  map[string]error         // by word: what keeps it from being an image
+	unpacker *layer.Unpacker
 	fail     map[string]error         // by word, or "image" for resolving: what goes wrong
 	block    map[string]chan struct{} // by word: unpacking waits for it, or for the end of its context
 	opened   map[string]int           // by word
@@ -48,7 +98,12 @@ type fake struct {
 }
 
 func newFake() *fake {
+	unpacker, err := layer.New(layer.Config{})
+	if err != nil {
+		panic(err)
+	}
 	return &fake{
+		unpacker: unpacker, extra: map[string][]tar.Header{}, noImage: map[string]error{},
 		images: map[string]*registry.Image{}, words: map[digest.Digest]string{}, implicit: map[string][]string{},
 		fail: map[string]error{}, block: map[string]chan struct{}{}, opened: map[string]int{},
 	}
@@ -89,9 +144,56 @@ func (f *fake) Open(_ context.Context, _ string, l registry.Layer) (io.ReadClose
 }
 
 func (f *fake) Unpack(ctx context.Context, src io.Reader, spec layer.Spec, dir string) (*layer.Result, error) {
+	return f.unpack(ctx, src, spec, func(tarball []byte) (*layer.Result, error) {
+		return f.unpacker.Unpack(ctx, bytes.NewReader(tarball), specOf(tarball), dir)
+	})
+}
+
+func (f *fake) UnpackImage(ctx context.Context, src io.Reader, spec layer.Spec, file string) (*layer.Result, error) {
+	f.mu.Lock()
+	err := f.noImage[f.words[spec.Digest]]
+	f.mu.Unlock()
+	return f.unpack(ctx, src, spec, func(tarball []byte) (*layer.Result, error) {
+		res, uerr := f.unpacker.UnpackImage(ctx, bytes.NewReader(tarball), specOf(tarball), file)
+		return res, cmp.Or(err, uerr)
+	})
+}
+
+func specOf(tarball []byte) layer.Spec {
+	return layer.Spec{Digest: digest.FromBytes(tarball), DiffID: digest.FromBytes(tarball)}
+}
+
+// tarball is the layer of a word.
+func (f *fake) tarball(word string) []byte {
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	put := func(h *tar.Header, content string) {
+		h.Size = int64(len(content))
+		h.ModTime = time.Unix(1_700_000_000, 0)
+		if err := w.WriteHeader(h); err != nil {
+			panic(err)
+		}
+		if _, err := io.WriteString(w, content); err != nil {
+			panic(err)
+		}
+	}
+	put(&tar.Header{Name: word, Typeflag: tar.TypeReg, Mode: 0o644}, word)
+	for _, d := range f.implicit[word] {
+		put(&tar.Header{Name: d + "/of-" + word, Typeflag: tar.TypeReg, Mode: 0o644}, "")
+	}
+	for _, h := range f.extra[word] {
+		put(&h, "")
+	}
+	if err := w.Close(); err != nil {
+		panic(err)
+	}
+	return buf.Bytes()
+}
+
+func (f *fake) unpack(ctx context.Context, src io.Reader, spec layer.Spec, into func([]byte) (*layer.Result, error)) (*layer.Result, error) {
 	f.mu.Lock()
 	word := f.words[spec.Digest]
-	block, fail, implicit := f.block[word], f.fail[word], f.implicit[word]
+	block, fail, tarball := f.block[word], f.fail[word], f.tarball(word)
 	f.running++
 	f.most = max(f.most, f.running)
 	f.mu.Unlock()
@@ -100,14 +202,9 @@ func (f *fake) Unpack(ctx context.Context, src io.Reader, spec layer.Spec, dir s
 		f.running--
 		f.mu.Unlock()
 	}()
-	start := time.Now()
-	if err := os.WriteFile(filepath.Join(dir, word), []byte(word), 0o644); err != nil {
+	res, err := into(tarball)
+	if err != nil {
 		return nil, err
-	}
-	for _, d := range implicit {
-		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
-			return nil, err
-		}
 	}
 	if f.started != nil {
 		f.started <- word
@@ -125,11 +222,7 @@ func (f *fake) Unpack(ctx context.Context, src io.Reader, spec layer.Spec, dir s
 	if fail != nil {
 		return nil, fail
 	}
-	stage := layer.Stage{Start: start, End: time.Now(), Busy: time.Since(start)}
-	return &layer.Result{
-		Bytes: 4096, Inodes: int64(1 + len(implicit)), ImplicitDirs: implicit,
-		Timings: layer.Timings{Fetch: stage, Decompress: stage, Tar: stage, Write: stage},
-	}, nil
+	return res, nil
 }
 
 // count is how often a layer was fetched.
@@ -229,6 +322,7 @@ func start(t *testing.T, f *fake, change ...func(*snapshotter.Config)) *snapshot
 		if err := s.Close(); err != nil {
 			t.Error(err)
 		}
+		unmountBelow(t, cfg.Root)
 	})
 	return s
 }

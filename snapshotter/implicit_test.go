@@ -1,7 +1,7 @@
 package snapshotter_test
 
 import (
-	"errors"
+	"archive/tar"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,28 +31,18 @@ func owner(t *testing.T, s *snapshotter.Snapshotter, name, path string) (uid uin
 	return uid
 }
 
-// layTree gives the tree of a layer an owner for a directory, behind the snapshotter's back.
-func layTree(t *testing.T, root, top string, change func(dir string) error) {
-	t.Helper()
-	for _, name := range list(t, root, "layers") {
-		if dir := filepath.Join(root, "layers", name, "fs"); exists(filepath.Join(dir, top)) {
-			if err := change(dir); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-}
-
 func exists(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil
 }
 
 // A layer that leaves a directory implicit takes it from the layers below, in each of its chains.
-func TestImplicitDirs(t *testing.T) {
+func TestImplicitDirs(t *testing.T) { inForms(t, testImplicitDirs) }
+
+func testImplicitDirs(t *testing.T, form snapshotter.Form) {
 	f := newFake()
 	root := t.TempDir()
-	s := start(t, f, func(c *snapshotter.Config) { c.Root = root })
+	s := start(t, f, as(form), func(c *snapshotter.Config) { c.Root = root })
 	f.implicit["app"] = []string{"srv"}
 	images := []pull{
 		{s: s, img: f.image("reg/a:1", "red", "app")},
@@ -60,11 +50,8 @@ func TestImplicitDirs(t *testing.T) {
 		{s: s, img: f.image("reg/c:1", "app")},
 	}
 	for i, base := range []string{"red", "blue"} {
+		f.extra[base] = []tar.Header{{Name: "srv", Typeflag: tar.TypeDir, Mode: 0o750, Uid: 1000 + i}}
 		pull{s: s, img: f.image("reg/"+base, base)}.all(t)
-		layTree(t, root, base, func(dir string) error {
-			srv := filepath.Join(dir, "srv")
-			return errors.Join(os.Mkdir(srv, 0o750), os.Chown(srv, 1000+i, 0))
-		})
 	}
 	tops := make([]string, len(images))
 	for i, p := range images {
@@ -84,13 +71,14 @@ func TestImplicitDirs(t *testing.T) {
 }
 
 // containerd would unpack through a link of a lower layer, which a tree on its own cannot: it has to do so.
-func TestImplicitDirIsLinkBelow(t *testing.T) {
+func TestImplicitDirIsLinkBelow(t *testing.T) { inForms(t, testImplicitDirIsLinkBelow) }
+
+func testImplicitDirIsLinkBelow(t *testing.T, form snapshotter.Form) {
 	f := newFake()
 	root := t.TempDir()
-	s := start(t, f, func(c *snapshotter.Config) { c.Root = root })
+	s := start(t, f, as(form), func(c *snapshotter.Config) { c.Root = root })
 	f.implicit["app"] = []string{"lib"}
-	pull{s: s, img: f.image("reg/base", "base")}.all(t)
-	layTree(t, root, "base", func(dir string) error { return os.Symlink("usr/lib", filepath.Join(dir, "lib")) })
+	f.extra["base"] = []tar.Header{{Name: "lib", Typeflag: tar.TypeSymlink, Linkname: "usr/lib"}}
 	p := pull{s: s, img: f.image("reg/a:1", "base", "app")}
 	parent, _, err := p.prepare(t.Context(), 0, "")
 	if err != nil {

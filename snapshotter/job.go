@@ -83,25 +83,49 @@ func (s *jobs) produce(ctx context.Context, j *job) (staged string, err error) {
 	if err != nil {
 		return staged, err
 	}
-	src, err := s.cfg.Registry.Open(ctx, j.ref, j.layer)
-	if err != nil {
-		return staged, fmt.Errorf("fetch layer %s: %w", j.layer.Digest, err)
+	err = s.unpack(ctx, j, staged, s.cfg.Form)
+	if errors.Is(err, layer.ErrNoImage) {
+		s.cfg.Logger.Info("layer is kept as a directory", "layer", j.layer.Digest, "reason", err)
+		if err := os.Remove(filepath.Join(staged, imageName)); err != nil {
+			return staged, err
+		}
+		err = s.unpack(ctx, j, staged, FormDirectory)
 	}
-	watched := newWatchedReader(src, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
-	spec := layer.Spec{Digest: j.layer.Digest, DiffID: j.layer.DiffID, Size: j.layer.Size, MediaType: j.layer.MediaType}
-	res, err := s.cfg.Layers.Unpack(ctx, watched, spec, filepath.Join(staged, "fs"))
-	_ = watched.Close() // everything read is verified by now
 	if err != nil {
-		return staged, sizeFault(j.layer, err)
+		return staged, err
 	}
-	j.result, j.info = res, treeInfo{Bytes: res.Bytes, Inodes: res.Inodes + 1}
 	if err := s.trees.describe(staged, j.info); err != nil {
 		return staged, fmt.Errorf("describe layer %s: %w", j.layer.Digest, err)
 	}
 	j.synced[0] = time.Now()
-	err = s.syncer.sync()
+	err = s.syncer.tree(staged)
 	j.synced[1] = time.Now()
 	return staged, err
+}
+
+// unpack fetches the layer into a staging directory.
+func (s *jobs) unpack(ctx context.Context, j *job, staged string, form Form) error {
+	src, err := s.cfg.Registry.Open(ctx, j.ref, j.layer)
+	if err != nil {
+		return fmt.Errorf("fetch layer %s: %w", j.layer.Digest, err)
+	}
+	watched := newWatchedReader(src, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
+	spec := layer.Spec{Digest: j.layer.Digest, DiffID: j.layer.DiffID, Size: j.layer.Size, MediaType: j.layer.MediaType}
+	var res *layer.Result
+	if form == FormErofs {
+		res, err = s.cfg.Layers.UnpackImage(ctx, watched, spec, filepath.Join(staged, imageName))
+	} else {
+		res, err = s.cfg.Layers.Unpack(ctx, watched, spec, filepath.Join(staged, "fs"))
+	}
+	_ = watched.Close() // everything read is verified by now
+	if err != nil {
+		return sizeFault(j.layer, err)
+	}
+	j.result, j.info = res, treeInfo{Bytes: res.Bytes, Inodes: res.Inodes + 1}
+	if form == FormErofs {
+		j.info.Inodes = 2 // of the disk: the image, and what it is mounted on
+	}
+	return nil
 }
 
 // sizeFault turns a blob of the wrong length into an error that is not fallen back from. A connection that breaks is something
@@ -143,7 +167,7 @@ func (w *watchedReader) Close() error {
 
 // wipe removes what a job leaves behind. What cannot be removed goes with the next start.
 func wipe(log *slog.Logger, dir string) {
-	if err := os.RemoveAll(dir); err != nil {
+	if err := removeTree(dir); err != nil {
 		log.Warn("staging directory is left behind until the next start", "path", dir, "error", err)
 	}
 }

@@ -151,10 +151,12 @@ func TestDeadlines(t *testing.T) {
 }
 
 // Trees live as long as a snapshot points to them, and removed snapshots go with Cleanup.
-func TestCleanup(t *testing.T) {
+func TestCleanup(t *testing.T) { inForms(t, testCleanup) }
+
+func testCleanup(t *testing.T, form snapshotter.Form) {
 	f := newFake()
 	root := t.TempDir()
-	s := start(t, f, func(c *snapshotter.Config) { c.Root = root })
+	s := start(t, f, as(form), func(c *snapshotter.Config) { c.Root = root })
 	a := pull{s: s, img: f.image("reg/a:1", "base", "app")}.all(t)
 	b := pull{s: s, img: f.image("reg/b:1", "other", "base")}.all(t)
 	remove := func(name string) {
@@ -181,6 +183,9 @@ func TestCleanup(t *testing.T) {
 	}
 	remove(b)
 	remove(info.Parent)
+	if left := mountsBelow(t, root); len(left) > 0 {
+		t.Errorf("still mounted: %q", left)
+	}
 	for _, dir := range []string{"layers", "snapshots", "staging", "trash"} {
 		if left := list(t, root, dir); len(left) > 0 {
 			t.Errorf("%s: %q is left", dir, left)
@@ -189,10 +194,12 @@ func TestCleanup(t *testing.T) {
 }
 
 // What is on the disk after a restart is what metadata says, and it is used.
-func TestReopen(t *testing.T) {
+func TestReopen(t *testing.T) { inForms(t, testReopen) }
+
+func testReopen(t *testing.T, form snapshotter.Form) {
 	f := newFake()
 	root := t.TempDir()
-	s := start(t, f, func(c *snapshotter.Config) { c.Root = root })
+	s := start(t, f, as(form), func(c *snapshotter.Config) { c.Root = root })
 	p := pull{s: s, img: f.image("reg/a:1", "base", "app")}
 	top := p.all(t)
 	if _, err := s.Prepare(t.Context(), "container", top); err != nil {
@@ -201,12 +208,13 @@ func TestReopen(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
+	unmountBelow(t, root) // as a boot does
 	for _, dir := range []string{"staging/x/fs", "snapshots/4711/fs", "layers/sha256-unused/fs", "trash/y"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	p.s = start(t, f, func(c *snapshotter.Config) { c.Root = root })
+	p.s = start(t, f, as(form), func(c *snapshotter.Config) { c.Root = root })
 	if got := files(t, p.s, p.all(t)); !slices.Equal(got, []string{"app", "base"}) || f.count("base") != 1 {
 		t.Errorf("files %q, base fetched %d times", got, f.count("base"))
 	}
@@ -219,7 +227,10 @@ func TestReopen(t *testing.T) {
 	eventually(t, "leftovers to go", func() bool { return len(list(t, root, "staging"))+len(list(t, root, "trash")) == 0 })
 }
 
-const crashRoot = "HEARTH_TEST_CRASH_ROOT"
+const (
+	crashRoot = "HEARTH_TEST_CRASH_ROOT"
+	crashForm = "HEARTH_TEST_CRASH_FORM"
+)
 
 // TestCrash kills a process that pulls, prepares, commits and removes, at any point, and looks at what the next one finds.
 func TestCrash(t *testing.T) {
@@ -227,11 +238,15 @@ func TestCrash(t *testing.T) {
 		churn(t, root)
 		return
 	}
-	needRoot(t)
+	inForms(t, testCrash)
+}
+
+func testCrash(t *testing.T, form snapshotter.Form) {
 	root := t.TempDir()
+	t.Cleanup(func() { unmountBelow(t, root) })
 	for round := range 12 {
 		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestCrash$", "-test.timeout=60s")
-		cmd.Env = append(os.Environ(), crashRoot+"="+root)
+		cmd.Env = append(os.Environ(), crashRoot+"="+root, crashForm+"="+string(form))
 		out, err := cmd.StdoutPipe()
 		if err != nil {
 			t.Fatal(err)
@@ -255,7 +270,7 @@ func TestCrash(t *testing.T) {
 func churn(t *testing.T, root string) {
 	f := newFake()
 	f.implicit["c"] = []string{"srv", "srv/d"}
-	s, err := snapshotter.New(snapshotter.Config{Root: root, Registry: f, Layers: f, SessionIdle: time.Millisecond})
+	s, err := snapshotter.New(snapshotter.Config{Root: root, Registry: f, Layers: f, SessionIdle: time.Millisecond, Form: snapshotter.Form(os.Getenv(crashForm))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -343,6 +358,14 @@ func checkInvariants(t *testing.T, root string) {
 		}
 		if !exists(filepath.Join(root, "layers", name, "layer.json")) {
 			t.Errorf("tree %s is not complete", name)
+		}
+		if n := len(list(t, root, filepath.Join("layers", name, "fs"))); n == 0 {
+			t.Errorf("tree %s is empty", name)
+		}
+	}
+	for _, at := range mountsBelow(t, root) {
+		if filepath.Dir(filepath.Dir(filepath.Dir(at))) != root || filepath.Base(at) != "fs" {
+			t.Errorf("%s is mounted", at)
 		}
 	}
 	if left := append(list(t, root, "staging"), list(t, root, "trash")...); len(left) > 0 {

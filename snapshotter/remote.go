@@ -240,8 +240,8 @@ func (s *Snapshotter) link(dir, tree string) error {
 	if err := os.Symlink(filepath.Join("..", "..", "layers", tree, "fs"), filepath.Join(dir, "fs")); err != nil {
 		return err
 	}
-	if err := syncDir(dir); err != nil {
+	if err := syncFile(dir); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(dir))
+	return syncFile(filepath.Dir(dir))
 }

@@ -50,10 +50,12 @@ func files(t *testing.T, s snapshots.Snapshotter, name string) []string {
 	return found
 }
 
-func TestPull(t *testing.T) {
+func TestPull(t *testing.T) { inForms(t, testPull) }
+
+func testPull(t *testing.T, form snapshotter.Form) {
 	f := newFake()
 	root := t.TempDir()
-	s := start(t, f, func(c *snapshotter.Config) { c.Root = root })
+	s := start(t, f, as(form), func(c *snapshotter.Config) { c.Root = root })
 	img := f.image("reg/a:1", "base", "lib", "app")
 	top := pull{s: s, img: img}.all(t)
 	if diff := cmp.Diff([]string{"app", "base", "lib"}, files(t, s, top)); diff != "" {
@@ -70,7 +72,7 @@ func TestPull(t *testing.T) {
 		t.Errorf("top is %+v", info)
 	}
 	usage, err := s.Usage(t.Context(), top)
-	if err != nil || usage.Size != 4096 || usage.Inodes != 2 {
+	if want := map[snapshotter.Form]int64{snapshotter.FormDirectory: 4096, snapshotter.FormErofs: 8192}[form]; err != nil || usage.Size != want || usage.Inodes != 2 {
 		t.Errorf("usage %+v, error %v", usage, err)
 	}
 	phases, ok := s.Trace("reg/a:1")
@@ -82,7 +84,7 @@ func TestPull(t *testing.T) {
 		}
 	}
 	slices.Sort(names)
-	if diff := cmp.Diff([]string{"commit", "decompress", "fetch", "resolve", "sync", "unpack"}, names); !ok || diff != "" {
+	if diff := cmp.Diff([]string{"commit", "decompress", "fetch", "resolve", "sync", "unpack", "verify"}, names); !ok || diff != "" {
 		t.Errorf("trace: %v %s", ok, diff)
 	}
 	if _, ok := s.Trace("reg/b:1"); ok {
@@ -137,9 +139,11 @@ func TestShareByDiffID(t *testing.T) {
 }
 
 // An image that has a layer twice: one tree, which an overlay must not list twice.
-func TestSameLayerTwice(t *testing.T) {
+func TestSameLayerTwice(t *testing.T) { inForms(t, testSameLayerTwice) }
+
+func testSameLayerTwice(t *testing.T, form snapshotter.Form) {
 	f := newFake()
-	s := start(t, f)
+	s := start(t, f, as(form))
 	top := pull{s: s, img: f.image("reg/a:1", "same", "other", "same", "same")}.all(t)
 	if got := files(t, s, top); !slices.Equal(got, []string{"other", "same"}) {
 		t.Errorf("files %q", got)
@@ -169,6 +173,7 @@ func TestFailures(t *testing.T) {
 		"corrupt":                {where: "bad", err: corruptErr, is: layer.ErrCorrupt, mention: digest.FromString("blob bad").String()},
 		"corrupt and cut":        {where: "bad", err: errors.Join(corruptErr, errors.New("reset")), is: layer.ErrCorrupt},
 		"truncated":              {where: "bad", err: fmt.Errorf("x: %w", registry.ErrSize), is: registry.ErrSize, mention: digest.FromString("blob bad").String()},
+		"needs layers below":     {where: "bad", err: fmt.Errorf("x: %w", layer.ErrUnsupported), reason: "unsupported"},
 		"disk full":              {where: "bad", err: &os.PathError{Op: "write", Path: "f", Err: unix.ENOSPC}, is: unix.ENOSPC, mention: "no space left"},
 		"corrupt shows as error": {where: "bad", err: corruptErr, is: errdefs.ErrDataLoss},
 	} {
@@ -212,9 +217,11 @@ func TestFailures(t *testing.T) {
 }
 
 // After a fallback containerd commits the layer itself; the layers above come remotely again, under its name.
-func TestAboveFallback(t *testing.T) {
+func TestAboveFallback(t *testing.T) { inForms(t, testAboveFallback) }
+
+func testAboveFallback(t *testing.T, form snapshotter.Form) {
 	f := newFake()
-	s := start(t, f)
+	s := start(t, f, as(form))
 	f.fail["base"] = errors.New("reset")
 	p := pull{s: s, img: f.image("reg/a:1", "base", "app")}
 	other := pull{s: s, img: f.image("reg/b:1", "base", "app")}

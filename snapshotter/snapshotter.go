@@ -61,7 +61,7 @@ func New(cfg Config) (*Snapshotter, error) {
 	if err := s.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open snapshotter %s: %w", cfg.Root, err), s.release())
 	}
-	s.jobs = newJobs(cfg, s.trees, s.syncer, m)
+	s.jobs = newJobs(s.cfg, s.trees, s.syncer, m)
 	s.traces = &traces{by: map[string]*trace{}}
 	s.sources = &sources{by: map[digest.Digest]source{}}
 	s.sessions = &sessions{
@@ -100,13 +100,20 @@ func (s *Snapshotter) open() (err error) {
 			return err
 		}
 	}
+	if s.cfg.Form, err = chooseForm(s.cfg.Form, root, s.log); err != nil {
+		return err
+	}
 	if err := s.sweep(context.Background()); err != nil {
+		return err
+	}
+	if err := s.trees.mountAll(s.log); err != nil {
 		return err
 	}
 	return s.trees.count()
 }
 
-// Close refuses new work, cancels the jobs that run, waits for them and closes the metadata. It can be called again.
+// Close refuses new work, cancels the jobs that run, waits for them and closes the metadata. It can be called again. The images of
+// layers stay mounted: containers are being made of them, and the next Snapshotter on this root takes them over.
 func (s *Snapshotter) Close() error { return s.close() }
 
 func (s *Snapshotter) shut() error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -102,16 +103,20 @@ func (t *trees) describe(staged string, info treeInfo) error {
 }
 
 // publish gives a staged tree its name. Its content is durable already, and the name is pinned; the name is durable when publish
-// returns. If there is such a tree, it stays, and the staged one is thrown away.
+// returns. An image is mounted before it has the name, so that what has one can be used. If there is such a tree, it stays, and
+// the staged one is thrown away.
 func (t *trees) publish(staged, name string, info treeInfo) error {
+	if _, err := mountTree(staged); err != nil {
+		return fmt.Errorf("publish layer %s: %w", name, err)
+	}
 	err := os.Rename(staged, t.path(name))
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
-		return os.RemoveAll(staged)
+		return removeTree(staged)
 	}
 	if err != nil {
 		return fmt.Errorf("publish layer %s: %w", name, err)
 	}
-	if err := syncDir(filepath.Join(t.root, "layers")); err != nil {
+	if err := syncFile(filepath.Join(t.root, "layers")); err != nil {
 		return fmt.Errorf("publish layer %s: %w", name, err)
 	}
 	t.metrics.layersBytes.Add(float64(info.Bytes))
@@ -156,6 +161,29 @@ func (t *trees) left(name string) {
 	defer t.mu.Unlock()
 	close(t.leaving[name])
 	delete(t.leaving, name)
+}
+
+// mountAll mounts the images that are not, as after a boot. One that cannot be mounted keeps its snapshots from being used, which
+// say so then, and no others.
+func (t *trees) mountAll(log *slog.Logger) error {
+	names, err := readNames(filepath.Join(t.root, "layers"))
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if _, err := t.ready(name); err != nil {
+			log.Error("layer cannot be used", "error", err)
+		}
+	}
+	return nil
+}
+
+// ready makes sure that a tree can be used, and says whether it is an image: one that is not mounted would be an empty directory.
+func (t *trees) ready(name string) (image bool, err error) {
+	if image, err = mountTree(t.path(name)); err != nil {
+		return image, fmt.Errorf("layer %s: %w", name, err)
+	}
+	return image, nil
 }
 
 // count gives the metric its first value.

@@ -26,9 +26,9 @@ import (
 
 // options are what the flags say.
 type options struct {
-	node, root, socket, containerd, cgroup, snapshotterRoot, snapshotterSocket, hostsDir, dockerConfig string
-	memory                                                                                             int64
-	limits                                                                                             layer.Limits
+	node, root, socket, containerd, cgroup, snapshotterRoot, snapshotterSocket, hostsDir, dockerConfig, form string
+	memory                                                                                                   int64
+	limits                                                                                                   layer.Limits
 }
 
 func main() {
@@ -53,6 +53,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.snapshotterSocket, "snapshotter-socket", "/run/hearth/snapshotter.sock", "Unix socket to serve the snapshotter on")
 	f.StringVar(&o.hostsDir, "hosts-dir", "", "folder of hosts.toml files for registries, as containerd's config_path")
 	f.StringVar(&o.dockerConfig, "docker-config", "", "Docker's config.json with credentials for registries (default: $DOCKER_CONFIG or ~/.docker)")
+	f.StringVar(&o.form, "layer-form", "auto", "keep new layers as one EROFS image each (erofs), as directories (directory), or as what the kernel can (auto)")
 	daemon.BytesVar(f, &o.memory, "memory-budget", 128<<20, "memory for layers in flight, half of it for what is fetched and half for what is unpacked")
 	f.Int64Var(&o.limits.MaxBytes, "layer-max-bytes", 0, "refuse a layer that unpacks to more; 0 is the default, 64 GiB")
 	f.Int64Var(&o.limits.MaxRatio, "layer-max-ratio", 0, "refuse a layer that unpacks to so many times its size; 0 is the default, 200")
@@ -107,7 +108,7 @@ func (o *options) snapshotter(rt *daemon.Runtime) (*snapshotter.Snapshotter, *re
 	if err != nil {
 		return nil, nil, err
 	}
-	s, err := snapshotter.New(snapshotter.Config{Root: o.snapshotterRoot, Registry: blobs, Layers: layers, Logger: rt.Log, Registerer: rt.Registry})
+	s, err := snapshotter.New(snapshotter.Config{Root: o.snapshotterRoot, Registry: blobs, Layers: layers, Form: snapshotter.Form(o.form), Logger: rt.Log, Registerer: rt.Registry})
 	return s, blobs, err
 }
 

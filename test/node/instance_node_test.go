@@ -107,7 +107,8 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.snapshots, err = snapshotter.New(snapshotter.Config{Root: t.TempDir(), Registry: client, Layers: unpacker, Logger: n.log})
+	root := t.TempDir()
+	n.snapshots, err = snapshotter.New(snapshotter.Config{Root: root, Registry: client, Layers: unpacker, Logger: n.log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,6 +116,7 @@ func newInstanceNode(t *testing.T) *instanceNode {
 		if err := n.snapshots.Close(); err != nil {
 			t.Error(err)
 		}
+		unmountBelow(t, root)
 	})
 	n.launcher = filepath.Join(t.TempDir(), "launcher")
 	compile(t, n.launcher, "../../runtimes/launcher/main.go")

@@ -73,6 +73,7 @@ func newPullNode(t *testing.T, localPull bool, change ...func(*registry.Config))
 		if err := n.snapshot.Close(); err != nil {
 			t.Error(err)
 		}
+		unmountBelow(t, n.root)
 	})
 	n.containerdNode = startContainerd(t, containerdOptions{Snapshotter: n.snapshot, LocalPull: localPull, HostsDir: hosts})
 	return n
