@@ -103,7 +103,7 @@ func (a *app) root() *cobra.Command {
 		},
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
-			if err := daemon.Configure(c.Flags(), a.lookupEnv); err != nil {
+			if err := daemon.ConfigureFromEnv(c.Flags(), a.lookupEnv); err != nil {
 				return usageError{err}
 			}
 			return nil
@@ -114,7 +114,7 @@ func (a *app) root() *cobra.Command {
 	root.AddGroup(&cobra.Group{ID: "deployment", Title: "The deployment"}, &cobra.Group{ID: "functions", Title: "Functions"})
 	root.SetHelpCommandGroupID("deployment")
 	root.SetCompletionCommandGroupID("deployment")
-	for _, c := range []*cobra.Command{a.up(), a.down(), a.status(), a.version()} {
+	for _, c := range []*cobra.Command{a.up(), a.down(), a.status(), a.nodeCommands(), a.version()} {
 		c.GroupID = "deployment"
 		root.AddCommand(c)
 	}
