@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hearth-serverless/hearth/layer"
@@ -39,7 +40,10 @@ type job struct {
 	info   treeInfo
 	staged string        // the unpacked tree if it has implicit directories; otherwise it has been published already
 	result *layer.Result // nil if the tree was there
+	queued [2]time.Time  // when waiting for a slot began and ended
 	synced [2]time.Time  // when making it durable began and ended
+
+	fetched atomic.Int64 // bytes of the blob that were read so far
 }
 
 // work does the job and says how it went in j.
@@ -52,13 +56,16 @@ func (s *jobs) work(ctx context.Context, j *job) {
 		j.info = info // a job before this one made it
 		return
 	}
+	j.queued[0] = time.Now()
 	if j.err = s.slots.acquire(ctx, j.layer.Size); j.err != nil {
 		return
 	}
+	j.queued[1] = time.Now()
 	defer s.slots.release()
 	s.metrics.jobsRunning.Inc()
 	defer s.metrics.jobsRunning.Dec()
 	staged, err := s.produce(ctx, j)
+	s.metrics.job(j)
 	if err == nil && len(j.result.ImplicitDirs) > 0 {
 		j.staged = staged
 		return
@@ -87,7 +94,7 @@ func (s *jobs) produce(ctx context.Context, j *job) (staged string, err error) {
 	if err != nil {
 		return staged, fmt.Errorf("fetch layer %s: %w", j.layer.Digest, err)
 	}
-	watched := newWatchedReader(src, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
+	watched := newWatchedReader(countedReader{src, &j.fetched}, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
 	spec := layer.Spec{Digest: j.layer.Digest, DiffID: j.layer.DiffID, Size: j.layer.Size, MediaType: j.layer.MediaType}
 	res, err := s.cfg.Layers.Unpack(ctx, watched, spec, filepath.Join(staged, "fs"))
 	_ = watched.Close() // everything read is verified by now

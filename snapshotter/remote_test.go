@@ -82,7 +82,7 @@ func TestPull(t *testing.T) {
 		}
 	}
 	slices.Sort(names)
-	if diff := cmp.Diff([]string{"commit", "decompress", "fetch", "resolve", "sync", "unpack"}, names); !ok || diff != "" {
+	if diff := cmp.Diff([]string{"commit", "decompress", "fetch", "resolve", "sync", "unpack", "wait"}, names); !ok || diff != "" {
 		t.Errorf("trace: %v %s", ok, diff)
 	}
 	if _, ok := s.Trace("reg/b:1"); ok {

@@ -77,7 +77,7 @@ func (s *sessions) open(ctx context.Context, key sessionKey) (*session, error) {
 	}
 	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.ResolveTimeout)
 	se := &session{
-		key: key, cancel: cancel, trace: s.traces.begin(key.ref), preparing: 1,
+		key: key, cancel: cancel, trace: s.traces.begin(key), preparing: 1,
 		resolved: make(chan struct{}), jobs: map[digest.Digest]*job{},
 	}
 	s.live[key] = se
@@ -111,10 +111,12 @@ func (s *sessions) start(ctx context.Context, se *session) (err error) {
 	begun := time.Now()
 	se.image, err = s.cfg.Registry.Image(ctx, se.key.ref, se.key.manifest)
 	se.trace.add(phaseResolve, begun, time.Now())
+	s.jobs.metrics.phase(phaseResolve, time.Since(begun))
 	if err != nil {
 		return err
 	}
 	s.sources.add(se.key, se.image)
+	se.trace.describe(se.image)
 	diffIDs := make([]digest.Digest, len(se.image.Layers))
 	for i, l := range se.image.Layers {
 		diffIDs[i] = l.DiffID
@@ -122,6 +124,7 @@ func (s *sessions) start(ctx context.Context, se *session) (err error) {
 	for i, chain := range identity.ChainIDs(diffIDs) { // in place
 		l := se.image.Layers[i]
 		if s.hold(se, l, chain) {
+			se.trace.found(l.DiffID)
 			continue
 		}
 		if _, err := s.job(ctx, se, l); err != nil {
@@ -165,6 +168,7 @@ func (s *sessions) job(ctx context.Context, se *session, l registry.Layer) (*job
 		return nil, err
 	}
 	se.jobs[l.DiffID] = j
+	se.trace.joined(j)
 	return j, nil
 }
 
@@ -248,10 +252,13 @@ func (s *sessions) end(se *session) (release func()) {
 		delete(s.live, se.key)
 	}
 	se.ended = true
-	held, unpins := se.jobs, se.unpins
+	held, unpins, complete := se.jobs, se.unpins, se.complete
 	se.jobs, se.unpins = map[digest.Digest]*job{}, nil
 	return func() {
 		se.cancel()
+		pulled := se.trace.end(complete)
+		s.jobs.metrics.pulled(&pulled)
+		pulled.log(s.cfg.Logger)
 		for _, j := range held {
 			s.jobs.leave(j)
 		}
