@@ -28,6 +28,7 @@ const (
 // together share the next one: a token that expires in mid-blob is fetched once.
 type authState struct {
 	creds  *keychain
+	ref    string // the repository
 	host   docker.RegistryHost
 	client *http.Client // for token servers: bounded in time and size
 
@@ -44,11 +45,11 @@ type generation struct {
 	turn chan struct{}
 }
 
-func newAuthState(creds *keychain, host docker.RegistryHost) *authState {
+func newAuthState(creds *keychain, ref string, host docker.RegistryHost) *authState {
 	client := *host.Client
 	client.Timeout = tokenTimeout
 	client.Transport = boundedTransport{host.Client.Transport}
-	return &authState{creds: creds, host: host, client: &client, cur: &generation{}}
+	return &authState{creds: creds, ref: ref, host: host, client: &client, cur: &generation{}}
 }
 
 // authorize adds what is known to req and returns the generation it is from.
@@ -85,7 +86,7 @@ func (a *authState) challenge(ctx context.Context, used *generation, resp *http.
 		docker.WithAuthClient(a.client),
 		docker.WithAuthHeader(a.host.Header),
 		docker.WithAuthCreds(func(host string) (string, string, error) {
-			cred, err := a.creds.lookup(ctx, host)
+			cred, err := a.creds.lookup(ctx, a.ref, host)
 			return cred.user, cred.secret, err
 		}))
 	if !a.replace(used, next) {

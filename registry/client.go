@@ -32,6 +32,13 @@ type Config struct {
 	// helpers. Empty: $DOCKER_CONFIG/config.json or ~/.docker/config.json, which
 	// need not exist. It is read at every challenge, so credentials can rotate.
 	DockerConfig string
+	// Keychain is asked for credentials first, for those that come with a pull: a
+	// kubelet's pull secrets. ref is the repository, as in
+	// registry.example:5000/team/app, host the one that wants to know. An empty
+	// user means that the secret is an identity token; both empty, that there is
+	// nothing to tell, and DockerConfig is asked. Nil: none. It is called at every
+	// challenge and must be safe for concurrent use.
+	Keychain func(ctx context.Context, ref, host string) (user, secret string, err error)
 	// RangeBytes is the size of one range; blobs up to it are one request.
 	RangeBytes int
 	// Parallel is how many ranges of one blob are in flight at once. Up to twice
@@ -84,6 +91,7 @@ func New(cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read docker config: %w", err)
 	}
+	creds.pulled = cfg.Keychain
 	b := newBudget(cfg.MemoryBytes, min(cfg.RangeBytes, maxBlockBytes))
 	m, err := newMetrics(cfg.Registerer, b)
 	if err != nil {

@@ -27,7 +27,10 @@ const (
 
 // keychain finds credentials the way docker does. It keeps nothing: files and
 // helpers are asked anew, so that rotated credentials are seen.
-type keychain struct{ path string } // "" = anonymous
+type keychain struct {
+	path   string // "" = anonymous
+	pulled func(ctx context.Context, ref, host string) (user, secret string, err error)
+}
 
 // dockerConfig is the part of config.json that concerns credentials.
 type dockerConfig struct {
@@ -53,13 +56,13 @@ func newKeychain(path string) (*keychain, error) {
 		if err == nil {
 			err = cfg.validate()
 		}
-		return &keychain{path}, err
+		return &keychain{path: path}, err
 	}
 	if dir := os.Getenv("DOCKER_CONFIG"); dir != "" {
-		return &keychain{filepath.Join(dir, "config.json")}, nil
+		return &keychain{path: filepath.Join(dir, "config.json")}, nil
 	}
 	if home, err := os.UserHomeDir(); err == nil {
-		return &keychain{filepath.Join(home, ".docker", "config.json")}, nil
+		return &keychain{path: filepath.Join(home, ".docker", "config.json")}, nil
 	}
 	return &keychain{}, nil
 }
@@ -71,12 +74,18 @@ func (c *Client) Credentials(ctx context.Context, ref string) (user, secret stri
 	if err != nil {
 		return "", "", fmt.Errorf("image reference %q: %w", ref, err)
 	}
-	cred, err := c.creds.lookup(ctx, distref.Domain(named))
+	cred, err := c.creds.lookup(ctx, named.Name(), distref.Domain(named))
 	return cred.user, cred.secret, err
 }
 
-// lookup returns the credential for a registry host (host[:port]).
-func (k *keychain) lookup(ctx context.Context, host string) (credential, error) {
+// lookup returns the credential for a repository at a registry host (host[:port]).
+func (k *keychain) lookup(ctx context.Context, ref, host string) (credential, error) {
+	if k.pulled != nil {
+		user, secret, err := k.pulled(ctx, ref, host)
+		if err != nil || user != "" || secret != "" {
+			return credential{user, secret}, err
+		}
+	}
 	if k.path == "" {
 		return credential{}, nil
 	}

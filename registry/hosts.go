@@ -88,7 +88,7 @@ func (s *hostSet) repository(c *Client, spec reference.Spec) *repository {
 		name:   strings.TrimPrefix(spec.Locator, spec.Hostname()+"/"),
 	}
 	for _, ep := range s.hosts {
-		r.sites = append(r.sites, site{ep, newAuthState(c.creds, ep.RegistryHost)})
+		r.sites = append(r.sites, site{ep, newAuthState(c.creds, spec.Locator, ep.RegistryHost)})
 	}
 	s.repos[spec.Locator] = r
 	return r
