@@ -13,12 +13,12 @@ import (
 	"connectrpc.com/connect"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc"
 
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
 	"github.com/hearth-serverless/hearth/instance"
 	"github.com/hearth-serverless/hearth/internal/bpf"
 	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/keychain"
 	"github.com/hearth-serverless/hearth/layer"
 	"github.com/hearth-serverless/hearth/registry"
 	"github.com/hearth-serverless/hearth/snapshotter"
@@ -26,9 +26,11 @@ import (
 
 // options are what the flags say.
 type options struct {
-	node, root, socket, containerd, cgroup, snapshotterRoot, snapshotterSocket, hostsDir, dockerConfig string
-	memory                                                                                             int64
-	limits                                                                                             layer.Limits
+	node, root, socket, containerd, cgroup, snapshotterSocket, imageSocket, hostsDir, dockerConfig string
+
+	memory int64
+	limits layer.Limits
+	snaps  snapshotter.Config
 }
 
 func main() {
@@ -49,19 +51,22 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.socket, "socket", "/run/hearth/node.sock", "Unix socket to serve on")
 	f.StringVar(&o.containerd, "containerd-socket", "/run/containerd/containerd.sock", "containerd's socket")
 	f.StringVar(&o.cgroup, "cgroup-parent", "/hearth", "cgroup that instances are made in")
-	f.StringVar(&o.snapshotterRoot, "snapshotter-root", "/var/lib/hearth/snapshotter", "folder of layers and snapshots")
 	f.StringVar(&o.snapshotterSocket, "snapshotter-socket", "/run/hearth/snapshotter.sock", "Unix socket to serve the snapshotter on")
+	f.StringVar(&o.imageSocket, "image-service-socket", "", "Unix socket to serve the CRI's ImageService on, for the kubelet's --image-service-endpoint: its pull secrets then serve here too (default: none)")
 	f.StringVar(&o.hostsDir, "hosts-dir", "", "folder of hosts.toml files for registries, as containerd's config_path")
 	f.StringVar(&o.dockerConfig, "docker-config", "", "Docker's config.json with credentials for registries (default: $DOCKER_CONFIG or ~/.docker)")
 	f.Int64Var(&o.memory, "memory-budget", 128<<20, "bytes for layers in flight, half of it for what is fetched and half for what is unpacked")
-	f.Int64Var(&o.limits.MaxBytes, "layer-max-bytes", 0, "refuse a layer that unpacks to more; 0 is the default, 64 GiB")
-	f.Int64Var(&o.limits.MaxRatio, "layer-max-ratio", 0, "refuse a layer that unpacks to so many times its size; 0 is the default, 200")
-	f.Int64Var(&o.limits.MaxEntries, "layer-max-entries", 0, "refuse a layer with more files; 0 is the default, 5 million")
+	o.limits.Flags(f)
+	o.snaps.Flags(f)
 }
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	debug.SetMemoryLimit(o.memory + 64<<20) // garbage gives way before the node's memory does
-	snaps, blobs, err := o.snapshotter(rt)
+	images, err := keychain.New(o.containerd, rt.Log)
+	if err != nil {
+		return err
+	}
+	snaps, blobs, err := o.snapshotter(rt, images)
 	if err != nil {
 		return err
 	}
@@ -89,16 +94,17 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	}
 	mux := http.NewServeMux()
 	mux.Handle(hearthv1connect.NewNodeServiceHandler(engine, connect.WithReadMaxBytes(4<<20)))
-	group.Go(func() error { return o.serveSnapshots(ctx, snaps) })
+	group.Go(func() error { return snaps.Serve(ctx, o.snapshotterSocket) })
+	group.Go(func() error { return images.Serve(ctx, o.imageSocket) })
 	group.Go(func() error { return engine.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.socket, mux) })
 	group.Go(func() error { return followReadiness(ctx, rt.Ready, engine) })
 	return group.Wait()
 }
 
-func (o *options) snapshotter(rt *daemon.Runtime) (*snapshotter.Snapshotter, *registry.Client, error) {
+func (o *options) snapshotter(rt *daemon.Runtime, images *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
 	blobs, err := registry.New(registry.Config{
-		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry,
+		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: images.Credentials, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry,
 	})
 	if err != nil {
 		return nil, nil, err
@@ -107,20 +113,9 @@ func (o *options) snapshotter(rt *daemon.Runtime) (*snapshotter.Snapshotter, *re
 	if err != nil {
 		return nil, nil, err
 	}
-	s, err := snapshotter.New(snapshotter.Config{Root: o.snapshotterRoot, Registry: blobs, Layers: layers, Logger: rt.Log, Registerer: rt.Registry})
+	o.snaps.Registry, o.snaps.Layers, o.snaps.Logger, o.snaps.Registerer = blobs, layers, rt.Log, rt.Registry
+	s, err := snapshotter.New(o.snaps)
 	return s, blobs, err
-}
-
-// serveSnapshots serves containerd until ctx is done.
-func (o *options) serveSnapshots(ctx context.Context, s *snapshotter.Snapshotter) error {
-	listener, err := daemon.ListenUnix(ctx, o.snapshotterSocket)
-	if err != nil {
-		return errors.Join(err, s.Close())
-	}
-	server := grpc.NewServer()
-	snapshotter.Register(server, s)
-	defer context.AfterFunc(ctx, server.Stop)() // containerd asks again; a Prepare under way would hold up the end
-	return errors.Join(server.Serve(listener), s.Close())
 }
 
 func phases(s *snapshotter.Snapshotter, ref string) ([]instance.Phase, bool) {
