@@ -62,6 +62,12 @@ func (s *jobs) work(ctx context.Context, j *job) {
 	}
 	j.queued[1] = time.Now()
 	defer s.slots.release()
+	release, err := s.space.reserve(ctx, j.layer.Size)
+	if err != nil {
+		j.err = fmt.Errorf("layer %s: %w", j.layer.Digest, err)
+		return
+	}
+	defer release()
 	s.metrics.jobsRunning.Inc()
 	defer s.metrics.jobsRunning.Dec()
 	staged, err := s.produce(ctx, j)
@@ -94,14 +100,20 @@ func (s *jobs) produce(ctx context.Context, j *job) (staged string, err error) {
 	if err != nil {
 		return staged, fmt.Errorf("fetch layer %s: %w", j.layer.Digest, err)
 	}
-	watched := newWatchedReader(countedReader{src, &j.fetched}, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
+	watched := newWatchedReader(&meteredReader{ReadCloser: src, sum: &j.fetched, space: s.space}, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
 	spec := layer.Spec{Digest: j.layer.Digest, DiffID: j.layer.DiffID, Size: j.layer.Size, MediaType: j.layer.MediaType}
-	res, err := s.cfg.Layers.Unpack(ctx, watched, spec, filepath.Join(staged, "fs"))
+	kept := s.keep(ctx, j, watched)
+	defer kept.close()
+	res, err := s.cfg.Layers.Unpack(ctx, kept, spec, filepath.Join(staged, "fs"))
 	_ = watched.Close() // everything read is verified by now
 	if err != nil {
 		return staged, sizeFault(j.layer, err)
 	}
+	kept.done(ctx)
 	j.result, j.info = res, treeInfo{Bytes: res.Bytes, Inodes: res.Inodes + 1}
+	if err := s.space.admit(j.info); err != nil {
+		return staged, fmt.Errorf("layer %s: %w", j.layer.Digest, err)
+	}
 	if err := s.trees.describe(staged, j.info); err != nil {
 		return staged, fmt.Errorf("describe layer %s: %w", j.layer.Digest, err)
 	}

@@ -2,9 +2,8 @@ package snapshotter
 
 import (
 	"cmp"
-	"io"
+	"errors"
 	"log/slog"
-	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -135,7 +134,7 @@ func (t *trace) answered(diffID digest.Digest, err error) error {
 		t.err, t.last = err, time.Now()
 		t.mu.Unlock()
 		state := LayerFailed
-		if _, left := err.(*fallback); left { //nolint:errorlint // it is never wrapped
+		if fb := (*fallback)(nil); errors.As(err, &fb) {
 			state = LayerLeft
 		}
 		t.record(diffID, func(r *layerRecord) { r.state = state })
@@ -232,16 +231,3 @@ func (s *summary) log(log *slog.Logger) {
 
 // layerSources are the values of layerRecord.source.
 var layerSources = []string{"fetched", "shared", string(LayerPresent), string(LayerLeft), string(LayerFailed), "given_up"}
-
-// countedReader adds up what is read.
-type countedReader struct {
-	io.ReadCloser
-	sum *atomic.Int64
-}
-
-// Read implements io.Reader.
-func (r countedReader) Read(p []byte) (int, error) {
-	n, err := r.ReadCloser.Read(p)
-	r.sum.Add(int64(n))
-	return n, err
-}

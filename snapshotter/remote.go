@@ -51,7 +51,11 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, r request) error {
 		}
 		defer func() { s.sessions.close(ctx, se) }()
 	}
-	return se.trace.answered(r.diffID, s.pull(ctx, r, se))
+	err = se.trace.answered(r.diffID, s.pull(ctx, r, se))
+	if fb := (*fallback)(nil); err != nil && !errors.As(err, &fb) && ctx.Err() == nil {
+		s.sessions.refuse(se)
+	}
+	return err
 }
 
 // pull brings a layer as a part of its image.

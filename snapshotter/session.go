@@ -34,6 +34,7 @@ type session struct {
 	jobs      map[digest.Digest]*job // by diffID; each is owed a leave
 	unpins    []func()
 	complete  bool        // the last layer was prepared
+	refused   bool        // a layer was refused, and with it the image
 	ended     bool        // what it held was let go
 	idle      *time.Timer // runs while preparing is 0
 }
@@ -199,17 +200,31 @@ func (s *sessions) prepared(se *session, diffID digest.Digest) {
 	}
 }
 
-// close leaves a session. When no one is left it ends after a while; at once if it is complete.
+// refuse notes that the image cannot be had: who pulls it next begins afresh, and what else was fetched for it goes.
+func (s *sessions) refuse(se *session) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	se.refused = true
+}
+
+// close leaves a session. When no one is left it ends after a while; at once if it is complete or was refused.
 func (s *sessions) close(ctx context.Context, se *session) {
 	s.mu.Lock()
 	if se.preparing--; se.preparing > 0 {
 		s.mu.Unlock()
 		return
 	}
-	if se.complete || s.closed {
-		release := s.end(se)
+	if se.complete || se.refused || s.closed {
+		release, sweep := s.end(se), se.refused && !s.closed
+		if sweep {
+			s.wg.Add(1)
+		}
 		s.mu.Unlock()
 		release()
+		if sweep {
+			defer s.wg.Done()
+			s.idle(context.WithoutCancel(ctx))
+		}
 		return
 	}
 	wait := s.cfg.SessionIdle

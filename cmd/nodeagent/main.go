@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"os"
 	"runtime/debug"
-	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/pflag"
@@ -17,6 +16,7 @@ import (
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
 	"github.com/hearth-serverless/hearth/instance"
 	"github.com/hearth-serverless/hearth/internal/bpf"
+	"github.com/hearth-serverless/hearth/internal/contentstore"
 	"github.com/hearth-serverless/hearth/internal/daemon"
 	"github.com/hearth-serverless/hearth/internal/keychain"
 	"github.com/hearth-serverless/hearth/layer"
@@ -28,9 +28,10 @@ import (
 type options struct {
 	node, root, socket, containerd, cgroup, snapshotterSocket, imageSocket, hostsDir, dockerConfig string
 
-	memory int64
-	limits layer.Limits
-	snaps  snapshotter.Config
+	keepBlobs bool
+	memory    int64
+	limits    layer.Limits
+	snaps     snapshotter.Config
 }
 
 func main() {
@@ -56,6 +57,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.hostsDir, "hosts-dir", "", "folder of hosts.toml files for registries, as containerd's config_path")
 	f.StringVar(&o.dockerConfig, "docker-config", "", "Docker's config.json with credentials for registries (default: $DOCKER_CONFIG or ~/.docker)")
 	f.Int64Var(&o.memory, "memory-budget", 128<<20, "bytes for layers in flight, half of it for what is fetched and half for what is unpacked")
+	f.BoolVar(&o.keepBlobs, "keep-blobs", false, "keep the compressed layers in containerd's content store too, for ctr images export, mirrors and pushing")
 	o.limits.Flags(f)
 	o.snaps.Flags(f)
 }
@@ -98,7 +100,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	group.Go(func() error { return images.Serve(ctx, o.imageSocket) })
 	group.Go(func() error { return engine.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.socket, mux) })
-	group.Go(func() error { return followReadiness(ctx, rt.Ready, engine) })
+	group.Go(func() error { return rt.Ready.Follow(ctx, "containerd", engine.Ready) })
 	return group.Wait()
 }
 
@@ -113,6 +115,11 @@ func (o *options) snapshotter(rt *daemon.Runtime, images *keychain.Service) (*sn
 	if err != nil {
 		return nil, nil, err
 	}
+	if o.keepBlobs {
+		if o.snaps.Blobs, err = contentstore.New(o.containerd); err != nil {
+			return nil, nil, err
+		}
+	}
 	o.snaps.Registry, o.snaps.Layers, o.snaps.Logger, o.snaps.Registerer = blobs, layers, rt.Log, rt.Registry
 	s, err := snapshotter.New(o.snaps)
 	return s, blobs, err
@@ -125,20 +132,4 @@ func phases(s *snapshotter.Snapshotter, ref string) ([]instance.Phase, bool) {
 		out = append(out, instance.Phase{Name: p.Name, Start: p.Start, Duration: p.Duration})
 	}
 	return out, ok
-}
-
-// followReadiness says how the engine stands with containerd, until ctx is done.
-func followReadiness(ctx context.Context, ready *daemon.Readiness, engine *instance.Engine) error {
-	for pause := 50 * time.Millisecond; ctx.Err() == nil; {
-		err := engine.Ready(ctx)
-		ready.Set("containerd", err)
-		if err == nil {
-			pause = time.Second
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(pause):
-		}
-	}
-	return nil
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/hearth-serverless/hearth/internal/keychain"
 	"github.com/hearth-serverless/hearth/registry"
+	"github.com/hearth-serverless/hearth/snapshotter"
 )
 
 // onlyFor makes a registry private.
@@ -67,9 +68,11 @@ func TestPullSecrets(t *testing.T) {
 		if info, err := kubelet.ImageFsInfo(t.Context(), &cri.ImageFsInfoRequest{}); err != nil || len(info.GetImageFilesystems()) == 0 {
 			t.Errorf("file systems %v, %v", info, err)
 		}
-	}, func(c *registry.Config) {
+	}, func(c *registry.Config, _ *snapshotter.Config) {
 		c.DockerConfig = none
-		c.Keychain = func(ctx context.Context, ref, host string) (string, string, error) { return service.Load().Credentials(ctx, ref, host) }
+		c.Keychain = func(ctx context.Context, ref, host string) (string, string, error) {
+			return service.Load().Credentials(ctx, ref, host)
+		}
 	})
 }
 
