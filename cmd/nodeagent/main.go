@@ -18,6 +18,7 @@ import (
 	"github.com/hearth-serverless/hearth/internal/bpf"
 	"github.com/hearth-serverless/hearth/internal/contentstore"
 	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/images"
 	"github.com/hearth-serverless/hearth/internal/keychain"
 	"github.com/hearth-serverless/hearth/layer"
 	"github.com/hearth-serverless/hearth/registry"
@@ -64,11 +65,11 @@ func (o *options) flags(f *pflag.FlagSet) {
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	debug.SetMemoryLimit(o.memory + 64<<20) // garbage gives way before the node's memory does
-	images, err := keychain.New(o.containerd, rt.Log)
+	secrets, err := keychain.New(o.containerd, rt.Log)
 	if err != nil {
 		return err
 	}
-	snaps, blobs, err := o.snapshotter(rt, images)
+	snaps, blobs, err := o.snapshotter(rt, secrets)
 	if err != nil {
 		return err
 	}
@@ -94,19 +95,24 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	if err != nil {
 		return errors.Join(err, snaps.Close())
 	}
+	pulls, err := images.New(images.Config{Containerd: o.containerd, Credentials: blobs.Credentials, Progress: snaps.Pull})
+	if err != nil {
+		return errors.Join(err, snaps.Close())
+	}
 	mux := http.NewServeMux()
+	mux.Handle(hearthv1connect.NewImageServiceHandler(pulls, connect.WithReadMaxBytes(1<<20)))
 	mux.Handle(hearthv1connect.NewNodeServiceHandler(engine, connect.WithReadMaxBytes(4<<20)))
 	group.Go(func() error { return snaps.Serve(ctx, o.snapshotterSocket) })
-	group.Go(func() error { return images.Serve(ctx, o.imageSocket) })
+	group.Go(func() error { return secrets.Serve(ctx, o.imageSocket) })
 	group.Go(func() error { return engine.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.socket, mux) })
 	group.Go(func() error { return rt.Ready.Follow(ctx, "containerd", engine.Ready) })
 	return group.Wait()
 }
 
-func (o *options) snapshotter(rt *daemon.Runtime, images *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
+func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
 	blobs, err := registry.New(registry.Config{
-		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: images.Credentials, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry,
+		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry,
 	})
 	if err != nil {
 		return nil, nil, err

@@ -27,7 +27,7 @@ var floors = map[string]int{
 	"runtimes": 1,
 	"layer":    2,
 	"instance": 3, "snapshotter": 3, "prefetch": 3, "pool": 3, "scaler": 3,
-	"gateway": 4, "internal/kube": 4, "internal/stack": 4,
+	"gateway": 4, "internal/kube": 4, "internal/images": 4, "internal/stack": 4,
 	"bench": 5, "internal/cli": 5,
 	"cmd": 6, "test": 6,
 }
@@ -46,7 +46,7 @@ var families = map[string][]string{
 	"github.com/spf13/cobra":                                 {"internal/cli", "internal/daemon", "cmd/bench"},
 	"k8s.io/client-go":                                       {"internal/kube"},
 	"sigs.k8s.io/controller-runtime":                         {"internal/kube"},
-	"k8s.io/cri-api":                                         {"instance", "bench", "internal/keychain"},
+	"k8s.io/cri-api":                                         {"instance", "bench", "internal/keychain", "internal/images"},
 	"github.com/containerd/containerd/v2":                    {"instance", "internal/contentstore"},
 	"github.com/containerd/containerd/v2/core/remotes":       {"registry"},
 	"github.com/containerd/containerd/v2/core/images":        {"registry", "instance"},
