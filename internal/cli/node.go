@@ -14,13 +14,7 @@ import (
 
 func (a *app) nodeCommands() *cobra.Command {
 	c := &cobra.Command{
-		Use: "node", Short: "Look after this node",
-		Args: func(c *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return usagef("unknown command %q%s", args[0], suggestions(c, args[0]))
-			}
-			return nil
-		},
+		Use: "node", Short: "Look after this node", Args: subcommand,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	c.AddCommand(a.doctor())

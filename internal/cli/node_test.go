@@ -6,7 +6,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/internal/cli"
 )
 
@@ -54,5 +56,35 @@ differ = 'walking'
 	}
 	if code, _, errs = exec("", "extra"); code != 2 {
 		t.Errorf("exit code %d: %s", code, errs)
+	}
+}
+
+func TestImages(t *testing.T) {
+	f := newFake(t)
+	f.want(t, 0, "reg/hello:1: 20.0 MB fetched for 2 layers", "image", "pull", "reg/hello:1")
+	if out := f.want(t, 0, "", "image", "pull", "reg/hello:1"); out != "sha256:1d\n" {
+		t.Errorf("prints %q", out)
+	}
+	out := f.want(t, 0, "", "image", "pull", "reg/hello:1", "-o", "json")
+	events := strings.Split(strings.TrimSpace(out), "\n")
+	if len(events) != 3 || !strings.Contains(events[1], `"bytesFetched":"5000000"`) || !strings.Contains(events[2], `"id":"sha256:1d"`) {
+		t.Errorf("events %q", events)
+	}
+	f.want(t, 4, "no such image", "image", "pull", "reg/none")
+	f.want(t, 2, "REF", "image", "pull")
+	f.want(t, 0, "reg/hello:1   0123456789ab   7.0 MB       yes", "image", "ls")
+	f.want(t, 0, `"id": "sha256:0123456789abcdef"`, "image", "ls", "-o", "json")
+}
+
+func TestBar(t *testing.T) {
+	for want, m := range map[string]*hearthv1.PullImageResponse{
+		"[                              ] reading the manifest  2.0 s": {},
+		"[███████                       ] 5.0 MB of 20.0 MB  1 of 2 layers  2.5 MB/s  2.0 s": {BytesFetched: 5e6, BytesTotal: 20e6, Layers: []*hearthv1.LayerProgress{
+			{State: hearthv1.LayerState_LAYER_STATE_PRESENT}, {State: hearthv1.LayerState_LAYER_STATE_FETCHING},
+		}},
+	} {
+		if got := cli.Bar(m, 2*time.Second); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }
