@@ -9,9 +9,8 @@ import (
 
 // metrics of all layers of an Unpacker.
 type metrics struct {
-	layers  *prometheus.CounterVec
-	bytes   *prometheus.CounterVec
-	seconds *prometheus.CounterVec
+	layers *prometheus.CounterVec
+	bytes  *prometheus.CounterVec
 }
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
@@ -22,14 +21,11 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hearth_layer_bytes_total", Help: "Bytes of the layers that were unpacked: of the blobs (compressed) and on disk (unpacked).",
 		}, []string{"kind"}),
-		seconds: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "hearth_layer_stage_seconds_total", Help: "Time that the stages of unpacked layers were busy.",
-		}, []string{"stage"}),
 	}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.layers, m.bytes, m.seconds} {
+	for _, c := range []prometheus.Collector{m.layers, m.bytes} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}
@@ -53,10 +49,4 @@ func (m *metrics) done(res *Result, err error) {
 	}
 	m.bytes.WithLabelValues("compressed").Add(float64(res.CompressedBytes))
 	m.bytes.WithLabelValues("unpacked").Add(float64(res.Bytes))
-	t := res.Timings
-	for stage, s := range map[string]Stage{
-		"fetch": t.Fetch, "digest": t.Digest, "decompress": t.Decompress, "diffid": t.DiffID, "tar": t.Tar, "write": t.Write,
-	} {
-		m.seconds.WithLabelValues(stage).Add(s.Busy.Seconds())
-	}
 }

@@ -23,10 +23,8 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 
 // Cleanup frees the space of removed snapshots, and of layers that no snapshot uses any more.
 func (s *Snapshotter) Cleanup(ctx context.Context) error {
-	if err := s.sweep(ctx); err != nil {
-		return fmt.Errorf("clean up snapshots: %w", err)
-	}
-	if err := emptyTrash(s.cfg.Root); err != nil {
+	// What was swept before a sweep failed is deleted: it may be what the sweep had no room for.
+	if err := errors.Join(s.sweep(ctx), emptyTrash(s.cfg.Root)); err != nil {
 		return fmt.Errorf("clean up snapshots: %w", err)
 	}
 	return nil

@@ -36,6 +36,13 @@ type Config struct {
 	Layers   Unpacker
 	// Form is how new layers are kept; default FormAuto.
 	Form Form
+	// Blobs keeps the compressed blobs as well; nil: they are nowhere, only their trees.
+	Blobs Blobs
+	// MinFreePercent of the file system stay free: pulls are refused before, once the layers that nothing uses are dropped. Default 0:
+	// until it is full.
+	MinFreePercent float64
+	// MaxBytes bounds the disk space of all layers, in the same way; default 0: no bound.
+	MaxBytes int64
 	// Parallel is how many layers are fetched and unpacked at the same time, the larger ones first; default 4.
 	Parallel int
 	// ResolveTimeout bounds reading an image's manifest and config; default 30 s.
@@ -57,6 +64,8 @@ func (c Config) withDefaults() (Config, error) {
 		return c, errors.New("snapshotter: no root directory")
 	case c.Registry == nil || c.Layers == nil:
 		return c, errors.New("snapshotter: registry and layers are required")
+	case c.MinFreePercent < 0 || c.MinFreePercent >= 100 || c.MaxBytes < 0:
+		return c, errors.New("snapshotter: --min-free is a percentage under 100, and --max-bytes must not be negative")
 	case c.Parallel < 0 || c.ResolveTimeout < 0 || c.StallTimeout < 0 || c.PrepareTimeout < 0 || c.SessionIdle < 0:
 		return c, errors.New("snapshotter: counts and timeouts must not be negative")
 	}

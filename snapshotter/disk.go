@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -43,11 +44,8 @@ func discard(root, path string) error {
 	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	dir, err := os.MkdirTemp(filepath.Join(root, "trash"), "")
-	if err != nil {
-		return fmt.Errorf("discard %s: %w", path, err)
-	}
-	if err := os.Rename(path, filepath.Join(dir, "it")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	// A rename, and no new directory: on a full disk there is no room for one.
+	if err := os.Rename(path, filepath.Join(root, "trash", rand.Text())); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("discard %s: %w", path, err)
 	}
 	return nil
@@ -62,8 +60,7 @@ func emptyTrash(root string) error {
 	}
 	errs := make([]error, 0, len(names))
 	for _, name := range names {
-		dir := filepath.Join(trash, name)
-		errs = append(errs, removeTree(filepath.Join(dir, "it")), os.RemoveAll(dir))
+		errs = append(errs, removeTree(filepath.Join(trash, name)))
 	}
 	return errors.Join(errs...)
 }

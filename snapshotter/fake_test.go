@@ -92,6 +92,8 @@ type fake struct {
 	block    map[string]chan struct{} // by word: unpacking waits for it, or for the end of its context
 	opened   map[string]int           // by word
 	resolved int
+	body     string      // of every blob
+	read     chan string // if not nil, receives the word of a layer when its blob is read
 	started  chan string // if not nil, receives the word of a layer when its unpacking begins
 	running  int
 	most     int
@@ -140,7 +142,7 @@ func (f *fake) Open(_ context.Context, _ string, l registry.Layer) (io.ReadClose
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.opened[f.words[l.Digest]]++
-	return io.NopCloser(strings.NewReader("")), nil
+	return io.NopCloser(strings.NewReader(f.body)), nil
 }
 
 func (f *fake) Unpack(ctx context.Context, src io.Reader, spec layer.Spec, dir string) (*layer.Result, error) {
@@ -209,8 +211,12 @@ func (f *fake) unpack(ctx context.Context, src io.Reader, spec layer.Spec, into 
 	if f.started != nil {
 		f.started <- word
 	}
-	if _, err := io.Copy(io.Discard, src); err != nil {
+	fetched, err := io.Copy(io.Discard, src)
+	if err != nil {
 		return nil, err
+	}
+	if f.read != nil {
+		f.read <- word
 	}
 	if block != nil {
 		select {
@@ -222,6 +228,7 @@ func (f *fake) unpack(ctx context.Context, src io.Reader, spec layer.Spec, into 
 	if fail != nil {
 		return nil, fail
 	}
+	res.CompressedBytes = fetched
 	return res, nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hearth-serverless/hearth/layer"
@@ -39,7 +40,10 @@ type job struct {
 	info   treeInfo
 	staged string        // the unpacked tree if it has implicit directories; otherwise it has been published already
 	result *layer.Result // nil if the tree was there
+	queued [2]time.Time  // when waiting for a slot began and ended
 	synced [2]time.Time  // when making it durable began and ended
+
+	fetched atomic.Int64 // bytes of the blob that were read so far
 }
 
 // work does the job and says how it went in j.
@@ -52,13 +56,22 @@ func (s *jobs) work(ctx context.Context, j *job) {
 		j.info = info // a job before this one made it
 		return
 	}
+	j.queued[0] = time.Now()
 	if j.err = s.slots.acquire(ctx, j.layer.Size); j.err != nil {
 		return
 	}
+	j.queued[1] = time.Now()
 	defer s.slots.release()
+	release, err := s.space.reserve(ctx, j.layer.Size)
+	if err != nil {
+		j.err = fmt.Errorf("layer %s: %w", j.layer.Digest, err)
+		return
+	}
+	defer release()
 	s.metrics.jobsRunning.Inc()
 	defer s.metrics.jobsRunning.Dec()
 	staged, err := s.produce(ctx, j)
+	s.metrics.job(j)
 	if err == nil && len(j.result.ImplicitDirs) > 0 {
 		j.staged = staged
 		return
@@ -94,6 +107,9 @@ func (s *jobs) produce(ctx context.Context, j *job) (staged string, err error) {
 	if err != nil {
 		return staged, err
 	}
+	if err := s.space.admit(j.info); err != nil {
+		return staged, fmt.Errorf("layer %s: %w", j.layer.Digest, err)
+	}
 	if err := s.trees.describe(staged, j.info); err != nil {
 		return staged, fmt.Errorf("describe layer %s: %w", j.layer.Digest, err)
 	}
@@ -109,18 +125,21 @@ func (s *jobs) unpack(ctx context.Context, j *job, staged string, form Form) err
 	if err != nil {
 		return fmt.Errorf("fetch layer %s: %w", j.layer.Digest, err)
 	}
-	watched := newWatchedReader(src, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
+	watched := newWatchedReader(&meteredReader{ReadCloser: src, sum: &j.fetched, space: s.space}, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
+	kept := s.keep(ctx, j, watched)
+	defer kept.close()
 	spec := layer.Spec{Digest: j.layer.Digest, DiffID: j.layer.DiffID, Size: j.layer.Size, MediaType: j.layer.MediaType}
 	var res *layer.Result
 	if form == FormErofs {
-		res, err = s.cfg.Layers.UnpackImage(ctx, watched, spec, filepath.Join(staged, imageName))
+		res, err = s.cfg.Layers.UnpackImage(ctx, kept, spec, filepath.Join(staged, imageName))
 	} else {
-		res, err = s.cfg.Layers.Unpack(ctx, watched, spec, filepath.Join(staged, "fs"))
+		res, err = s.cfg.Layers.Unpack(ctx, kept, spec, filepath.Join(staged, "fs"))
 	}
 	_ = watched.Close() // everything read is verified by now
 	if err != nil {
 		return sizeFault(j.layer, err)
 	}
+	kept.done(ctx)
 	j.result, j.info = res, treeInfo{Bytes: res.Bytes, Inodes: res.Inodes + 1}
 	if form == FormErofs {
 		j.info.Inodes = 2 // of the disk: the image, and what it is mounted on

@@ -16,6 +16,7 @@ type jobs struct {
 	trees   *trees
 	syncer  *syncer
 	slots   *slots
+	space   *space
 	metrics *metrics
 	wg      sync.WaitGroup // the jobs' goroutines
 
@@ -24,9 +25,9 @@ type jobs struct {
 	closed bool
 }
 
-func newJobs(cfg Config, t *trees, s *syncer, m *metrics) *jobs {
+func newJobs(cfg Config, t *trees, s *syncer, sp *space, m *metrics) *jobs {
 	return &jobs{
-		cfg: cfg, trees: t, syncer: s, metrics: m,
+		cfg: cfg, trees: t, syncer: s, space: sp, metrics: m,
 		slots: &slots{free: cfg.Parallel}, live: map[digest.Digest]*job{},
 	}
 }

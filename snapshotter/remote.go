@@ -51,7 +51,11 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, r request) error {
 		}
 		defer func() { s.sessions.close(ctx, se) }()
 	}
-	return s.pull(ctx, r, se)
+	err = se.trace.answered(r.diffID, s.pull(ctx, r, se))
+	if fb := (*fallback)(nil); err != nil && !errors.As(err, &fb) && ctx.Err() == nil {
+		s.sessions.refuse(se)
+	}
+	return err
 }
 
 // pull brings a layer as a part of its image.
@@ -164,6 +168,7 @@ func (s *Snapshotter) commitPresent(ctx context.Context, r request, se *session)
 		err = s.commitRemote(ctx, r, name, info)
 		if se != nil && err == nil {
 			se.trace.add(phaseCommit, start, time.Now())
+			s.metrics.phase(phaseCommit, time.Since(start))
 			s.sessions.prepared(se, r.diffID)
 		}
 		return true, err

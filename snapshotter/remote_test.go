@@ -84,7 +84,7 @@ func testPull(t *testing.T, form snapshotter.Form) {
 		}
 	}
 	slices.Sort(names)
-	if diff := cmp.Diff([]string{"commit", "decompress", "fetch", "resolve", "sync", "unpack", "verify"}, names); !ok || diff != "" {
+	if diff := cmp.Diff([]string{"commit", "decompress", "fetch", "resolve", "sync", "unpack", "verify", "wait"}, names); !ok || diff != "" {
 		t.Errorf("trace: %v %s", ok, diff)
 	}
 	if _, ok := s.Trace("reg/b:1"); ok {

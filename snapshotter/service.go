@@ -1,13 +1,31 @@
 package snapshotter
 
 import (
+	"context"
+	"errors"
+
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"google.golang.org/grpc"
+
+	"github.com/hearth-serverless/hearth/internal/daemon"
 )
 
 // Register adds containerd's snapshots service, served by s, to a gRPC server. containerd wants it on a Unix socket named in a
 // proxy plugin with the export enable_remote_snapshot_annotations = "true", and without the capability "rebase".
 func Register(r grpc.ServiceRegistrar, s *Snapshotter) {
 	snapshotsapi.RegisterSnapshotsServer(r, snapshotservice.FromSnapshotter(s))
+}
+
+// Serve serves containerd on a Unix socket until ctx is done, and then closes s. A Prepare under way is cut off: containerd asks
+// again, and it would hold up the end.
+func (s *Snapshotter) Serve(ctx context.Context, socket string) error {
+	l, err := daemon.ListenUnix(ctx, socket)
+	if err != nil {
+		return errors.Join(err, s.Close())
+	}
+	server := grpc.NewServer()
+	Register(server, s)
+	defer context.AfterFunc(ctx, server.Stop)()
+	return errors.Join(server.Serve(l), s.Close())
 }

@@ -34,6 +34,7 @@ type session struct {
 	jobs      map[digest.Digest]*job // by diffID; each is owed a leave
 	unpins    []func()
 	complete  bool        // the last layer was prepared
+	refused   bool        // a layer was refused, and with it the image
 	ended     bool        // what it held was let go
 	idle      *time.Timer // runs while preparing is 0
 }
@@ -77,7 +78,7 @@ func (s *sessions) open(ctx context.Context, key sessionKey) (*session, error) {
 	}
 	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.ResolveTimeout)
 	se := &session{
-		key: key, cancel: cancel, trace: s.traces.begin(key.ref), preparing: 1,
+		key: key, cancel: cancel, trace: s.traces.begin(key), preparing: 1,
 		resolved: make(chan struct{}), jobs: map[digest.Digest]*job{},
 	}
 	s.live[key] = se
@@ -111,10 +112,12 @@ func (s *sessions) start(ctx context.Context, se *session) (err error) {
 	begun := time.Now()
 	se.image, err = s.cfg.Registry.Image(ctx, se.key.ref, se.key.manifest)
 	se.trace.add(phaseResolve, begun, time.Now())
+	s.jobs.metrics.phase(phaseResolve, time.Since(begun))
 	if err != nil {
 		return err
 	}
 	s.sources.add(se.key, se.image)
+	se.trace.describe(se.image)
 	diffIDs := make([]digest.Digest, len(se.image.Layers))
 	for i, l := range se.image.Layers {
 		diffIDs[i] = l.DiffID
@@ -122,6 +125,7 @@ func (s *sessions) start(ctx context.Context, se *session) (err error) {
 	for i, chain := range identity.ChainIDs(diffIDs) { // in place
 		l := se.image.Layers[i]
 		if s.hold(se, l, chain) {
+			se.trace.found(l.DiffID)
 			continue
 		}
 		if _, err := s.job(ctx, se, l); err != nil {
@@ -165,6 +169,7 @@ func (s *sessions) job(ctx context.Context, se *session, l registry.Layer) (*job
 		return nil, err
 	}
 	se.jobs[l.DiffID] = j
+	se.trace.joined(j)
 	return j, nil
 }
 
@@ -195,17 +200,31 @@ func (s *sessions) prepared(se *session, diffID digest.Digest) {
 	}
 }
 
-// close leaves a session. When no one is left it ends after a while; at once if it is complete.
+// refuse notes that the image cannot be had: who pulls it next begins afresh, and what else was fetched for it goes.
+func (s *sessions) refuse(se *session) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	se.refused = true
+}
+
+// close leaves a session. When no one is left it ends after a while; at once if it is complete or was refused.
 func (s *sessions) close(ctx context.Context, se *session) {
 	s.mu.Lock()
 	if se.preparing--; se.preparing > 0 {
 		s.mu.Unlock()
 		return
 	}
-	if se.complete || s.closed {
-		release := s.end(se)
+	if se.complete || se.refused || s.closed {
+		release, sweep := s.end(se), se.refused && !s.closed
+		if sweep {
+			s.wg.Add(1)
+		}
 		s.mu.Unlock()
 		release()
+		if sweep {
+			defer s.wg.Done()
+			s.idle(context.WithoutCancel(ctx))
+		}
 		return
 	}
 	wait := s.cfg.SessionIdle
@@ -248,10 +267,13 @@ func (s *sessions) end(se *session) (release func()) {
 		delete(s.live, se.key)
 	}
 	se.ended = true
-	held, unpins := se.jobs, se.unpins
+	held, unpins, complete := se.jobs, se.unpins, se.complete
 	se.jobs, se.unpins = map[digest.Digest]*job{}, nil
 	return func() {
 		se.cancel()
+		pulled := se.trace.end(complete)
+		s.jobs.metrics.pulled(&pulled)
+		pulled.log(s.cfg.Logger)
 		for _, j := range held {
 			s.jobs.leave(j)
 		}

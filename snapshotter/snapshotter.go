@@ -27,6 +27,7 @@ type Snapshotter struct {
 	ms       *storage.MetaStore
 	trees    *trees
 	syncer   *syncer
+	space    *space
 	jobs     *jobs
 	sessions *sessions
 	sources  *sources
@@ -61,7 +62,8 @@ func New(cfg Config) (*Snapshotter, error) {
 	if err := s.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open snapshotter %s: %w", cfg.Root, err), s.release())
 	}
-	s.jobs = newJobs(s.cfg, s.trees, s.syncer, m)
+	s.space = &space{root: cfg.Root, minFree: cfg.MinFreePercent, maxBytes: cfg.MaxBytes, trees: s.trees, sweep: s.Cleanup}
+	s.jobs = newJobs(s.cfg, s.trees, s.syncer, s.space, m)
 	s.traces = &traces{by: map[string]*trace{}}
 	s.sources = &sources{by: map[digest.Digest]source{}}
 	s.sessions = &sessions{
@@ -142,6 +144,7 @@ func (s *Snapshotter) release() error {
 func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	start := time.Now()
 	mounts, result, err := s.prepare(ctx, key, parent, opts)
+	err = s.space.explain(err)
 	s.metrics.prepares.WithLabelValues(result).Inc()
 	s.metrics.prepareSeconds.WithLabelValues(result).Observe(time.Since(start).Seconds())
 	return mounts, err
@@ -176,6 +179,7 @@ func (s *Snapshotter) prepare(ctx context.Context, key, parent string, opts []sn
 		s.metrics.fallbacks.WithLabelValues(fb.reason).Inc()
 		s.log.Warn("containerd will pull a layer itself", "key", key, "reason", fb.reason, "error", fb.err)
 	default:
+		err = s.space.explain(err)
 		s.log.Error("layer refused", "key", key, "error", err)
 		return nil, resultError, fmt.Errorf("prepare %s: %w", key, err)
 	}

@@ -10,6 +10,7 @@ import (
 // Names of the phases of a pull.
 const (
 	phaseResolve    = "resolve"    // read manifest and config
+	phaseWait       = "wait"       // for a place among the layers in flight
 	phaseFetch      = "fetch"      // from the first layer's first byte to the last one's last
 	phaseDecompress = "decompress" //
 	phaseVerify     = "verify"     // hash blobs and tars
@@ -28,12 +29,17 @@ type Phase struct {
 	Duration time.Duration
 }
 
-// trace collects the phases of one pull of one image.
+// trace is the record of one pull of one image: its phases and how far its layers are.
 type trace struct {
+	key   sessionKey
 	begun time.Time
 
-	mu     sync.Mutex // guards phases
+	mu     sync.Mutex // guards all below
 	phases []Phase
+	layers []layerRecord
+	last   time.Time // when something was last heard of it
+	ended  bool
+	err    error // the last one
 }
 
 // add widens the phase to an interval. What was done before the pull began, for another image, does not count.
@@ -65,9 +71,11 @@ func (t *trace) add(name string, start, end time.Time) {
 
 // addJob adds the phases of a layer.
 func (t *trace) addJob(j *job) {
+	t.brought(j)
 	if j.result == nil {
 		return
 	}
+	t.add(phaseWait, j.queued[0], j.queued[1])
 	tm := j.result.Timings
 	for _, s := range []struct {
 		name  string
@@ -89,11 +97,11 @@ type traces struct {
 }
 
 // begin replaces what is known of an image by a new pull.
-func (t *traces) begin(ref string) *trace {
+func (t *traces) begin(key sessionKey) *trace {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for i, r := range t.order {
-		if r == ref {
+		if r == key.ref {
 			t.order = append(t.order[:i], t.order[i+1:]...)
 			break
 		}
@@ -102,17 +110,22 @@ func (t *traces) begin(ref string) *trace {
 		delete(t.by, t.order[0])
 		t.order = t.order[1:]
 	}
-	tr := &trace{begun: time.Now()}
-	t.by[ref], t.order = tr, append(t.order, ref)
+	tr := &trace{key: key, begun: time.Now()}
+	t.by[key.ref], t.order = tr, append(t.order, key.ref)
 	return tr
+}
+
+// of is the last pull of an image, or nil.
+func (t *traces) of(ref string) *trace {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.by[ref]
 }
 
 // Trace returns the phases of the last pull of an image, by the reference that containerd pulled it by, in the order in which
 // they began. An image whose layers were all there has none but the commits. The last 128 images are remembered.
 func (s *Snapshotter) Trace(imageRef string) ([]Phase, bool) {
-	s.traces.mu.Lock()
-	tr := s.traces.by[imageRef]
-	s.traces.mu.Unlock()
+	tr := s.traces.of(imageRef)
 	if tr == nil {
 		return nil, false
 	}

@@ -188,18 +188,29 @@ func (t *trees) ready(name string) (image bool, err error) {
 
 // count gives the metric its first value.
 func (t *trees) count() error {
-	names, err := readNames(filepath.Join(t.root, "layers"))
+	sum, err := t.bytes()
 	if err != nil {
 		return err
 	}
-	var sum int64
+	t.metrics.layersBytes.Set(float64(sum))
+	return nil
+}
+
+// bytes is what all trees take on the disk.
+func (t *trees) bytes() (sum int64, err error) {
+	names, err := readNames(filepath.Join(t.root, "layers"))
+	if err != nil {
+		return 0, err
+	}
 	for _, name := range names {
 		info, err := t.stat(name)
+		if errors.Is(err, fs.ErrNotExist) { // swept in the meantime
+			continue
+		}
 		if err != nil {
-			return err
+			return 0, err
 		}
 		sum += info.Bytes
 	}
-	t.metrics.layersBytes.Set(float64(sum))
-	return nil
+	return sum, nil
 }

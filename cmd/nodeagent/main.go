@@ -8,17 +8,18 @@ import (
 	"net/http"
 	"os"
 	"runtime/debug"
-	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc"
 
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
 	"github.com/hearth-serverless/hearth/instance"
 	"github.com/hearth-serverless/hearth/internal/bpf"
+	"github.com/hearth-serverless/hearth/internal/contentstore"
 	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/images"
+	"github.com/hearth-serverless/hearth/internal/keychain"
 	"github.com/hearth-serverless/hearth/layer"
 	"github.com/hearth-serverless/hearth/registry"
 	"github.com/hearth-serverless/hearth/snapshotter"
@@ -26,9 +27,12 @@ import (
 
 // options are what the flags say.
 type options struct {
-	node, root, socket, containerd, cgroup, snapshotterRoot, snapshotterSocket, hostsDir, dockerConfig, form string
-	memory                                                                                                   int64
-	limits                                                                                                   layer.Limits
+	node, root, socket, containerd, cgroup, snapshotterSocket, imageSocket, hostsDir, dockerConfig string
+
+	keepBlobs bool
+	memory    int64
+	limits    layer.Limits
+	snaps     snapshotter.Config
 }
 
 func main() {
@@ -49,20 +53,23 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.socket, "socket", "/run/hearth/node.sock", "Unix socket to serve on")
 	f.StringVar(&o.containerd, "containerd-socket", "/run/containerd/containerd.sock", "containerd's socket")
 	f.StringVar(&o.cgroup, "cgroup-parent", "/hearth", "cgroup that instances are made in")
-	f.StringVar(&o.snapshotterRoot, "snapshotter-root", "/var/lib/hearth/snapshotter", "folder of layers and snapshots")
 	f.StringVar(&o.snapshotterSocket, "snapshotter-socket", "/run/hearth/snapshotter.sock", "Unix socket to serve the snapshotter on")
+	f.StringVar(&o.imageSocket, "image-service-socket", "", "Unix socket to serve the CRI's ImageService on, for the kubelet's --image-service-endpoint: its pull secrets then serve here too (default: none)")
 	f.StringVar(&o.hostsDir, "hosts-dir", "", "folder of hosts.toml files for registries, as containerd's config_path")
 	f.StringVar(&o.dockerConfig, "docker-config", "", "Docker's config.json with credentials for registries (default: $DOCKER_CONFIG or ~/.docker)")
-	f.StringVar(&o.form, "layer-form", "auto", "keep new layers as one EROFS image each (erofs), as directories (directory), or as what the kernel can (auto)")
 	daemon.BytesVar(f, &o.memory, "memory-budget", 128<<20, "memory for layers in flight, half of it for what is fetched and half for what is unpacked")
-	f.Int64Var(&o.limits.MaxBytes, "layer-max-bytes", 0, "refuse a layer that unpacks to more; 0 is the default, 64 GiB")
-	f.Int64Var(&o.limits.MaxRatio, "layer-max-ratio", 0, "refuse a layer that unpacks to so many times its size; 0 is the default, 200")
-	f.Int64Var(&o.limits.MaxEntries, "layer-max-entries", 0, "refuse a layer with more files; 0 is the default, 5 million")
+	f.BoolVar(&o.keepBlobs, "keep-blobs", false, "keep the compressed layers in containerd's content store too, for ctr images export, mirrors and pushing")
+	o.limits.Flags(f)
+	o.snaps.Flags(f)
 }
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	debug.SetMemoryLimit(o.memory + 64<<20) // garbage gives way before the node's memory does
-	snaps, blobs, err := o.snapshotter(rt)
+	secrets, err := keychain.New(o.containerd, rt.Log)
+	if err != nil {
+		return err
+	}
+	snaps, blobs, err := o.snapshotter(rt, secrets)
 	if err != nil {
 		return err
 	}
@@ -88,18 +95,24 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	if err != nil {
 		return errors.Join(err, snaps.Close())
 	}
+	pulls, err := images.New(images.Config{Containerd: o.containerd, Credentials: blobs.Credentials, Progress: snaps.Pull})
+	if err != nil {
+		return errors.Join(err, snaps.Close())
+	}
 	mux := http.NewServeMux()
+	mux.Handle(hearthv1connect.NewImageServiceHandler(pulls, connect.WithReadMaxBytes(1<<20)))
 	mux.Handle(hearthv1connect.NewNodeServiceHandler(engine, connect.WithReadMaxBytes(4<<20)))
-	group.Go(func() error { return o.serveSnapshots(ctx, snaps) })
+	group.Go(func() error { return snaps.Serve(ctx, o.snapshotterSocket) })
+	group.Go(func() error { return secrets.Serve(ctx, o.imageSocket) })
 	group.Go(func() error { return engine.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.socket, mux) })
-	group.Go(func() error { return followReadiness(ctx, rt.Ready, engine) })
+	group.Go(func() error { return rt.Ready.Follow(ctx, "containerd", engine.Ready) })
 	return group.Wait()
 }
 
-func (o *options) snapshotter(rt *daemon.Runtime) (*snapshotter.Snapshotter, *registry.Client, error) {
+func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
 	blobs, err := registry.New(registry.Config{
-		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry,
+		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry,
 	})
 	if err != nil {
 		return nil, nil, err
@@ -108,20 +121,14 @@ func (o *options) snapshotter(rt *daemon.Runtime) (*snapshotter.Snapshotter, *re
 	if err != nil {
 		return nil, nil, err
 	}
-	s, err := snapshotter.New(snapshotter.Config{Root: o.snapshotterRoot, Registry: blobs, Layers: layers, Form: snapshotter.Form(o.form), Logger: rt.Log, Registerer: rt.Registry})
-	return s, blobs, err
-}
-
-// serveSnapshots serves containerd until ctx is done.
-func (o *options) serveSnapshots(ctx context.Context, s *snapshotter.Snapshotter) error {
-	listener, err := daemon.ListenUnix(ctx, o.snapshotterSocket)
-	if err != nil {
-		return errors.Join(err, s.Close())
+	if o.keepBlobs {
+		if o.snaps.Blobs, err = contentstore.New(o.containerd); err != nil {
+			return nil, nil, err
+		}
 	}
-	server := grpc.NewServer()
-	snapshotter.Register(server, s)
-	defer context.AfterFunc(ctx, server.Stop)() // containerd asks again; a Prepare under way would hold up the end
-	return errors.Join(server.Serve(listener), s.Close())
+	o.snaps.Registry, o.snaps.Layers, o.snaps.Logger, o.snaps.Registerer = blobs, layers, rt.Log, rt.Registry
+	s, err := snapshotter.New(o.snaps)
+	return s, blobs, err
 }
 
 func phases(s *snapshotter.Snapshotter, ref string) ([]instance.Phase, bool) {
@@ -131,20 +138,4 @@ func phases(s *snapshotter.Snapshotter, ref string) ([]instance.Phase, bool) {
 		out = append(out, instance.Phase{Name: p.Name, Start: p.Start, Duration: p.Duration})
 	}
 	return out, ok
-}
-
-// followReadiness says how the engine stands with containerd, until ctx is done.
-func followReadiness(ctx context.Context, ready *daemon.Readiness, engine *instance.Engine) error {
-	for pause := 50 * time.Millisecond; ctx.Err() == nil; {
-		err := engine.Ready(ctx)
-		ready.Set("containerd", err)
-		if err == nil {
-			pause = time.Second
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(pause):
-		}
-	}
-	return nil
 }

@@ -23,10 +23,11 @@ const maxMainLines = 150
 var floors = map[string]int{
 	"api": 1, "registry": 1, "deploy": 1,
 	"internal/daemon": 1, "internal/bpf": 1, "internal/waterfall": 1, "internal/archtest": 1,
+	"internal/doctor": 2, "internal/keychain": 2, "internal/contentstore": 2,
 	"runtimes": 1,
 	"layer":    2,
 	"instance": 3, "snapshotter": 3, "prefetch": 3, "pool": 3, "scaler": 3,
-	"gateway": 4, "internal/kube": 4, "internal/stack": 4,
+	"gateway": 4, "internal/kube": 4, "internal/images": 4, "internal/stack": 4,
 	"bench": 5, "internal/cli": 5,
 	"cmd": 6, "test": 6,
 }
@@ -40,12 +41,13 @@ var families = map[string][]string{
 	"github.com/containerd/stargz-snapshotter":               {"layer"},
 	"github.com/cilium/ebpf":                                 {"internal/bpf"},
 	"go.etcd.io/bbolt":                                       {"pool/store"},
+	"github.com/pelletier/go-toml":                           {"internal/doctor"},
 	"github.com/google/go-containerregistry":                 {"bench/images"},
 	"github.com/spf13/cobra":                                 {"internal/cli", "internal/daemon", "cmd/bench"},
 	"k8s.io/client-go":                                       {"internal/kube"},
 	"sigs.k8s.io/controller-runtime":                         {"internal/kube"},
-	"k8s.io/cri-api":                                         {"instance", "bench"},
-	"github.com/containerd/containerd/v2":                    {"instance"},
+	"k8s.io/cri-api":                                         {"instance", "bench", "internal/keychain", "internal/images"},
+	"github.com/containerd/containerd/v2":                    {"instance", "internal/contentstore"},
 	"github.com/containerd/containerd/v2/core/remotes":       {"registry"},
 	"github.com/containerd/containerd/v2/core/images":        {"registry", "instance"},
 	"github.com/containerd/containerd/v2/pkg/reference":      {"registry", "instance"},
@@ -53,7 +55,7 @@ var families = map[string][]string{
 	"github.com/containerd/containerd/v2/core/snapshots":     {"snapshotter"},
 	"github.com/containerd/containerd/v2/contrib/snapshotse": {"snapshotter"},
 	"github.com/containerd/containerd/v2/contrib/seccomp":    {"instance"},
-	"github.com/containerd/containerd/api":                   {"snapshotter", "instance", "cmd/nodeagent"},
+	"github.com/containerd/containerd/api":                   {"snapshotter", "instance", "internal/doctor", "cmd/nodeagent"},
 }
 
 type pkg struct {

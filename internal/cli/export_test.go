@@ -10,3 +10,6 @@ func Exec(ctx context.Context, args []string, in io.Reader, out, errs io.Writer)
 	a := &app{args: args, lookupEnv: func(string) (string, bool) { return "", false }, in: in, out: out, err: errs}
 	return a.execute(ctx)
 }
+
+// Bar draws a pull.
+var Bar = bar

@@ -32,6 +32,7 @@ type fake struct {
 	hearthv1connect.UnimplementedFunctionServiceHandler
 	hearthv1connect.UnimplementedAllocationServiceHandler
 	hearthv1connect.UnimplementedNodeServiceHandler
+	hearthv1connect.UnimplementedImageServiceHandler
 
 	run      string
 	function *hearthv1.Function
@@ -94,6 +95,25 @@ func (f *fake) Logs(_ context.Context, _ *connect.Request[hearthv1.LogsRequest],
 	return nil
 }
 
+func (f *fake) PullImage(_ context.Context, r *connect.Request[hearthv1.PullImageRequest], s *connect.ServerStream[hearthv1.PullImageResponse]) error {
+	if r.Msg.GetImage() == "reg/none" {
+		return connect.NewError(connect.CodeNotFound, errors.New("no such image"))
+	}
+	layers := []*hearthv1.LayerProgress{{State: hearthv1.LayerState_LAYER_STATE_PRESENT}, {State: hearthv1.LayerState_LAYER_STATE_FETCHING, Bytes: 20e6, BytesFetched: 5e6}}
+	for _, m := range []*hearthv1.PullImageResponse{
+		{}, {Layers: layers, BytesFetched: 5e6, BytesTotal: 20e6}, {Layers: layers, BytesFetched: 20e6, BytesTotal: 20e6, Id: "sha256:1d"},
+	} {
+		if err := s.Send(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f *fake) ListImages(context.Context, *connect.Request[hearthv1.ListImagesRequest]) (*connect.Response[hearthv1.ListImagesResponse], error) {
+	return connect.NewResponse(&hearthv1.ListImagesResponse{Images: []*hearthv1.Image{{Id: "sha256:0123456789abcdef", Names: []string{"reg/hello:1"}, Bytes: 7e6, Pinned: true}}}), nil
+}
+
 // ServeHTTP is the gateway and the Instance.
 func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, _ := io.ReadAll(r.Body)
@@ -122,6 +142,7 @@ func newFake(t *testing.T) *fake {
 	mux.Handle(hearthv1connect.NewFunctionServiceHandler(f))
 	mux.Handle(hearthv1connect.NewAllocationServiceHandler(f))
 	mux.Handle(hearthv1connect.NewNodeServiceHandler(f))
+	mux.Handle(hearthv1connect.NewImageServiceHandler(f))
 	ready := &daemon.Readiness{}
 	ready.Set("node", errors.New("not seen yet"))
 	mux.Handle("/readyz", ready)

@@ -103,7 +103,7 @@ func (a *app) root() *cobra.Command {
 		},
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
-			if err := daemon.Configure(c.Flags(), a.lookupEnv); err != nil {
+			if err := daemon.ConfigureFromEnv(c.Flags(), a.lookupEnv); err != nil {
 				return usageError{err}
 			}
 			return nil
@@ -111,10 +111,10 @@ func (a *app) root() *cobra.Command {
 	}
 	root.PersistentFlags().StringVar(&a.run, "run", stack.DefaultRun, "folder of the deployment's sockets")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddGroup(&cobra.Group{ID: "deployment", Title: "The deployment"}, &cobra.Group{ID: "functions", Title: "Functions"})
+	root.AddGroup(&cobra.Group{ID: "deployment", Title: "The deployment"}, &cobra.Group{ID: "functions", Title: "Functions"}, &cobra.Group{ID: "images", Title: "Images"})
 	root.SetHelpCommandGroupID("deployment")
 	root.SetCompletionCommandGroupID("deployment")
-	for _, c := range []*cobra.Command{a.up(), a.down(), a.status(), a.version()} {
+	for _, c := range []*cobra.Command{a.up(), a.down(), a.status(), a.nodeCommands(), a.version()} {
 		c.GroupID = "deployment"
 		root.AddCommand(c)
 	}
@@ -122,6 +122,9 @@ func (a *app) root() *cobra.Command {
 		c.GroupID = "functions"
 		root.AddCommand(c)
 	}
+	images := a.image()
+	images.GroupID = "images"
+	root.AddCommand(images)
 	return root
 }
 

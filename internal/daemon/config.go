@@ -22,27 +22,31 @@ func EnvName(flag string) string {
 // Configure completes flags that were parsed from the command line: what is not set there comes from the environment, then
 // from the file that the flag "config" names, if there is such a flag. A key of the file that is no flag is an error.
 func Configure(flags *pflag.FlagSet, lookupEnv func(string) (string, bool)) error {
-	given := map[string]bool{"config": true, "help": true, "version": true}
-	flags.Visit(func(f *pflag.Flag) { given[f.Name] = true })
-	var errs []error
-	flags.VisitAll(func(f *pflag.Flag) {
-		value, ok := lookupEnv(EnvName(f.Name))
-		if !ok || f.Changed || f.Name == "help" || f.Name == "version" {
-			return
-		}
-		given[f.Name] = true
-		if err := flags.Set(f.Name, value); err != nil {
-			errs = append(errs, fmt.Errorf("environment variable %s: %w", EnvName(f.Name), err))
-		}
-	})
-	if err := errors.Join(errs...); err != nil {
+	if err := ConfigureFromEnv(flags, lookupEnv); err != nil {
 		return err
 	}
 	file := flags.Lookup("config")
 	if file == nil || file.Value.String() == "" {
 		return nil
 	}
+	given := map[string]bool{"config": true, "help": true, "version": true}
+	flags.Visit(func(f *pflag.Flag) { given[f.Name] = true })
 	return applyFile(flags, file.Value.String(), given)
+}
+
+// ConfigureFromEnv is Configure without the file, for programs whose "config" is something else.
+func ConfigureFromEnv(flags *pflag.FlagSet, lookupEnv func(string) (string, bool)) error {
+	var errs []error
+	flags.VisitAll(func(f *pflag.Flag) {
+		value, ok := lookupEnv(EnvName(f.Name))
+		if !ok || f.Changed || f.Name == "help" || f.Name == "version" {
+			return
+		}
+		if err := flags.Set(f.Name, value); err != nil {
+			errs = append(errs, fmt.Errorf("environment variable %s: %w", EnvName(f.Name), err))
+		}
+	})
+	return errors.Join(errs...)
 }
 
 func applyFile(flags *pflag.FlagSet, path string, given map[string]bool) error {

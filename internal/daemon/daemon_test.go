@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -142,4 +143,31 @@ func expect(t *testing.T, c *http.Client, url string, code int, body string) {
 	if err != nil || resp.StatusCode != code || !strings.Contains(string(data), body) {
 		t.Errorf("%s: %d %.300s %v, want %d %q", url, resp.StatusCode, data, err, code, body)
 	}
+}
+
+func TestReadinessFollows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		var r daemon.Readiness
+		asked, fault := 0, errors.New("not yet")
+		done := make(chan error, 1)
+		go func() {
+			done <- r.Follow(ctx, "it", func(context.Context) error { asked++; return fault })
+		}()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if err := r.Err(); err == nil || asked < 15 {
+			t.Errorf("%v after %d questions", err, asked)
+		}
+		fault = nil
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		if err := r.Err(); err != nil || asked > 40 {
+			t.Errorf("%v after %d questions", err, asked)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"time"
 )
 
 // errStarting stands until a service has said anything of itself.
@@ -28,6 +30,22 @@ func (r *Readiness) Set(name string, err error) {
 		r.conditions = map[string]error{}
 	}
 	r.conditions[name] = err
+}
+
+// Follow asks how a condition stands, often until it holds for the first time and then each second, until ctx is done.
+func (r *Readiness) Follow(ctx context.Context, name string, check func(context.Context) error) error {
+	for pause := 50 * time.Millisecond; ctx.Err() == nil; {
+		err := check(ctx)
+		r.Set(name, err)
+		if err == nil {
+			pause = time.Second
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+	}
+	return nil
 }
 
 // Err is nil when ready; otherwise it names the conditions that do not hold, with their reasons.

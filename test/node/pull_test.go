@@ -46,15 +46,15 @@ type pullNode struct {
 	root     string // of the snapshotter
 }
 
-func newPullNode(t *testing.T, localPull bool, change ...func(*registry.Config)) *pullNode {
+func newPullNode(t *testing.T, localPull bool, change ...func(*registry.Config, *snapshotter.Config)) *pullNode {
 	t.Helper()
 	toolsDir(t)
 	n := &pullNode{registry: startRegistry(t), root: t.TempDir()}
 	hosts := hostsDir(t, n.registry.Server)
 	logger := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo}))
-	config := registry.Config{HostsDir: hosts}
+	config, snapshots := registry.Config{HostsDir: hosts}, snapshotter.Config{Root: n.root, Logger: logger}
 	for _, c := range change {
-		c(&config)
+		c(&config, &snapshots)
 	}
 	client, err := registry.New(config)
 	if err != nil {
@@ -65,7 +65,8 @@ func newPullNode(t *testing.T, localPull bool, change ...func(*registry.Config))
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.snapshot, err = snapshotter.New(snapshotter.Config{Root: n.root, Registry: client, Layers: unpacker, Logger: logger})
+	snapshots.Registry, snapshots.Layers = client, unpacker
+	n.snapshot, err = snapshotter.New(snapshots)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +81,7 @@ func newPullNode(t *testing.T, localPull bool, change ...func(*registry.Config))
 }
 
 // bothPaths runs a test with CRI's two ways to pull.
-func bothPaths(t *testing.T, test func(t *testing.T, n *pullNode), change ...func(*registry.Config)) {
+func bothPaths(t *testing.T, test func(t *testing.T, n *pullNode), change ...func(*registry.Config, *snapshotter.Config)) {
 	for name, local := range map[string]bool{"transfer": false, "local": true} {
 		t.Run(name, func(t *testing.T) { test(t, newPullNode(t, local, change...)) })
 	}
@@ -374,7 +375,7 @@ func TestPullPrivate(t *testing.T) {
 		if present := n.blobsPresent(t, img); present != 0 {
 			t.Errorf("%d blobs in the content store: it fell back", present)
 		}
-	}, func(c *registry.Config) { c.DockerConfig = config })
+	}, func(c *registry.Config, _ *snapshotter.Config) { c.DockerConfig = config })
 }
 
 // CRI unpacks an image whose snapshots are missing when it creates a container, without a fetcher: the blobs are nowhere, so it is
