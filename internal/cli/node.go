@@ -32,7 +32,7 @@ func (a *app) doctor() *cobra.Command {
 	var config, snapshotter, socket, kubelet string
 	c := &cobra.Command{
 		Use: "doctor", Short: "Say what keeps this node from pulling images through Hearth", Long: doctorLong, Args: takes(0, 0, ""),
-		Example: "  sudo hearth node doctor\n  containerd config dump | hearth node doctor --config -\n  sudo hearth node doctor --config /run/hearth/containerd/config.toml",
+		Example: "  sudo hearth node doctor\n  containerd config dump | hearth node doctor --config -\n  sudo hearth node doctor --config /run/hearth/config/containerd.toml",
 		RunE: func(c *cobra.Command, _ []string) error {
 			if socket == "" {
 				socket = filepath.Join(a.run, stack.NodeSocket)
