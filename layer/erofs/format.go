@@ -1,6 +1,7 @@
 // Package erofs encodes what an EROFS image is made of: superblock, inodes, extended attributes and directories, as Linux's
 // Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h describe them. It knows the part of the format that stores files as
-// they are: blocks of 4 KiB, extended inodes, no compression. Where things go in an image is its user's affair; layer decides it.
+// they are: blocks of 4 KiB, extended inodes, no compression. Where things go in an image is its user's affair; layer decides it,
+// and so the package has more names than most: one for each part of the format.
 //
 // An inode is addressed by its nid, which is its offset in the image in units of SlotSize: the images have no area of their own
 // for inodes, so that one can be written beside its content while a layer streams in.

@@ -34,6 +34,7 @@ type inventory struct {
 	snapshots  map[string]snapshots.Info
 	chains     map[string]bool // of all images
 	dirs       int             // snapshots on the disk
+	layers     map[string]bool // kept on the disk; a pull that failed may keep some for a minute, until it is given up
 	staging    []string
 	mounts     []string
 }
@@ -150,7 +151,14 @@ func (d *deployment) takeDisk(_ context.Context, i *inventory) error {
 	if err != nil {
 		return err
 	}
-	i.dirs = len(dirs)
+	i.dirs, i.layers = len(dirs), map[string]bool{}
+	layers, err := os.ReadDir(d.snapshotterDir("layers"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range layers {
+		i.layers[dir.Name()] = true
+	}
 	if i.staging, err = filepath.Glob(filepath.Join(d.snapshotterDir("staging"), "*")); err != nil {
 		return err
 	}
@@ -260,7 +268,7 @@ func (i *inventory) snapshotProblems() (out []string) {
 	return out
 }
 
-// mountProblems compares mounts with those who have them: root file systems, shared memory and network namespaces.
+// mountProblems compares mounts with those who have them: root file systems, shared memory, network namespaces and layers.
 func (i *inventory) mountProblems() (out []string) {
 	namespaces := 0
 	for _, point := range i.mounts {
@@ -268,6 +276,7 @@ func (i *inventory) mountProblems() (out []string) {
 		_, sandbox := i.sandboxes[dir]
 		switch {
 		case sandbox && (kind == "rootfs" || kind == "shm"): // a Function's root file system is mounted where nobody sees it
+		case kind == "fs" && i.layers[dir]:
 		case dir == "netns":
 			namespaces++
 		default:
