@@ -80,7 +80,7 @@ func recipeOf(name string) (recipe, bool) {
 	case "smallfiles":
 		return recipe{From: []string{"go", "python"}, Version: 1, Cmd: []string{"/function"}}, true
 	case "torture":
-		return recipe{From: []string{"go"}, Version: 1, Cmd: []string{"/function"}}, true
+		return recipe{From: []string{"go"}, Version: 3, Cmd: []string{"/function"}}, true
 	}
 	return recipe{}, false
 }

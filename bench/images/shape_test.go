@@ -130,7 +130,7 @@ func TestTorture(t *testing.T) {
 			}
 		}
 	}
-	if want := []byte{tar.TypeReg, tar.TypeLink, tar.TypeSymlink, tar.TypeChar, tar.TypeBlock, tar.TypeDir, tar.TypeFifo, tar.TypeGNUSparse}; !slices.Equal(slices.Sorted(maps.Keys(kinds)), want) {
+	if want := []byte{tar.TypeReg, tar.TypeLink, tar.TypeSymlink, tar.TypeChar, tar.TypeBlock, tar.TypeDir, tar.TypeFifo}; !slices.Equal(slices.Sorted(maps.Keys(kinds)), want) {
 		t.Errorf("kinds of entries %q, want %q", slices.Sorted(maps.Keys(kinds)), want)
 	}
 	if sparse != 64<<20 {

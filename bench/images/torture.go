@@ -202,34 +202,53 @@ func tortureReturns() []odd {
 	}
 }
 
-// sparseFile writes a file that is mostly a hole, in the format that GNU tar had for it first and archive/tar reads but does not
-// write: the map of what is there is in the header, by offset and length.
+// sparseFile writes a file that is mostly a hole, in GNU tar's format 1.0, which archive/tar reads but does not write: records of
+// an extended header say so, and the content begins with a map of what is there, by offset and length.
 func sparseFile(w io.Writer) error {
 	const size, hole = 64 << 20, 48 << 20
 	data := bytes.Repeat([]byte("data"), 1024)
-	header := make([]byte, 512)
-	octal := func(at, digits int, value int64) { copy(header[at:], fmt.Sprintf("%0*o\x00", digits, value)) }
-	copy(header, "sparse")
+	var records strings.Builder
+	for _, r := range []string{"GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=sparse", fmt.Sprintf("GNU.sparse.realsize=%d", size)} {
+		record := fmt.Sprintf("%d %s\n", len("00 \n")+len(r), r) // none is so long or short that its length has not two digits
+		records.WriteString(record)
+	}
+	pieces := fmt.Sprintf("3\n0\n%d\n%d\n%d\n%d\n0\n", len(data), hole, len(data), size)
+	content := append(append(padded([]byte(pieces)), data...), data...)
+	for _, part := range [][]byte{
+		rawHeader("PaxHeaders/sparse", tar.TypeXHeader, records.Len()), padded([]byte(records.String())),
+		rawHeader("GNUSparseFile/sparse", tar.TypeReg, len(content)), content,
+	} {
+		if _, err := w.Write(part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// tarBlock is what all parts of a tar are padded to.
+const tarBlock = 512
+
+func padded(data []byte) []byte {
+	return append(data, make([]byte, (tarBlock-len(data)%tarBlock)%tarBlock)...)
+}
+
+// rawHeader is a header in POSIX's form.
+func rawHeader(name string, kind byte, size int) []byte {
+	h := make([]byte, tarBlock)
+	octal := func(at, digits int, value int64) { copy(h[at:], fmt.Sprintf("%0*o\x00", digits, value)) }
+	copy(h, name)
 	octal(100, 7, 0o644)
 	octal(108, 7, 0)
 	octal(116, 7, 0)
-	octal(124, 11, int64(2*len(data)))
+	octal(124, 11, int64(size))
 	octal(136, 11, shapeTime().Unix())
-	copy(header[148:], "        ") // counted as spaces in the sum that takes its place
-	header[156] = tar.TypeGNUSparse
-	copy(header[257:], "ustar  \x00")
-	octal(386, 11, 0)
-	octal(398, 11, int64(len(data)))
-	octal(410, 11, hole)
-	octal(422, 11, int64(len(data)))
-	octal(434, 11, size) // the end, with nothing there
-	octal(446, 11, 0)
-	octal(483, 11, size)
+	copy(h[148:], "        ") // counted as spaces in the sum that takes its place
+	h[156] = kind
+	copy(h[257:], "ustar\x0000")
 	sum := int64(0)
-	for _, c := range header {
+	for _, c := range h {
 		sum += int64(c)
 	}
 	octal(148, 6, sum)
-	_, err := w.Write(append(append(header, data...), data...))
-	return err
+	return h
 }
