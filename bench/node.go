@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"text/template"
 	"time"
 
@@ -39,13 +40,20 @@ func startNode(ctx context.Context, o *Options, dir, system, registry string) (*
 	if n.conn, err = grpc.NewClient("unix://"+n.socket, grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to containerd: %w", err), n.stop())
 	}
-	// The CRI service starts last: its answer means that all of containerd is up.
-	ready, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if _, err = cri.NewImageServiceClient(n.conn).ImageFsInfo(ready, &cri.ImageFsInfoRequest{}, grpc.WaitForReady(true)); err != nil {
-		return nil, errors.Join(fmt.Errorf("await containerd's CRI: %w", err), n.close())
+	if err := n.ready(ctx); err != nil {
+		return nil, errors.Join(err, n.close())
 	}
 	return n, nil
+}
+
+// ready waits for the CRI service, which starts last: its answer means that all of containerd is up.
+func (n *node) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if _, err := cri.NewImageServiceClient(n.conn).ImageFsInfo(ctx, &cri.ImageFsInfoRequest{}, grpc.WaitForReady(true)); err != nil {
+		return fmt.Errorf("await containerd's CRI: %w", err)
+	}
+	return nil
 }
 
 func (n *node) close() error { return errors.Join(n.conn.Close(), n.stop()) }
@@ -101,13 +109,35 @@ func (n *node) remove(ctx context.Context, ref string) error {
 	return nil
 }
 
-// ctr runs containerd's own client in the CRI's namespace.
-func (n *node) ctr(ctx context.Context, args ...string) error {
-	argv := append([]string{"--address", n.socket, "--namespace", "k8s.io"}, args...)
-	if out, err := exec.CommandContext(ctx, filepath.Join(n.tools, "ctr"), argv...).CombinedOutput(); err != nil {
-		return fmt.Errorf("ctr %s: %w: %s", args[0], err, out)
+// endLeases ends what keeps the leftovers of pulls for a day that were under way when containerd was killed.
+func (n *node) endLeases(ctx context.Context) error {
+	out, err := n.ctrOutput(ctx, "leases", "list", "--quiet")
+	if err != nil {
+		return err
+	}
+	for id := range strings.FieldsSeq(out) {
+		if err := n.ctr(ctx, "leases", "delete", "--sync", id); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// ctr runs containerd's own client in the CRI's namespace.
+func (n *node) ctr(ctx context.Context, args ...string) error {
+	_, err := n.ctrOutput(ctx, args...)
+	return err
+}
+
+func (n *node) ctrOutput(ctx context.Context, args ...string) (string, error) {
+	argv := append([]string{"--address", n.socket, "--namespace", "k8s.io"}, args...)
+	var out, problems bytes.Buffer
+	cmd := exec.CommandContext(ctx, filepath.Join(n.tools, "ctr"), argv...)
+	cmd.Stdout, cmd.Stderr = &out, &problems
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("ctr %s: %w: %s", args[0], err, problems.Bytes())
+	}
+	return out.String(), nil
 }
 
 // run starts a container of an image that was pulled, waits until its process listens, ends it, and returns the time from the
@@ -143,8 +173,8 @@ func (n *node) run(ctx context.Context, ref string) (took time.Duration, err err
 
 // tree reads what a container of the image would see.
 func (n *node) tree(ctx context.Context, ref string) (tree map[string]string, err error) {
-	mnt := filepath.Join(n.dir, "mnt")
-	if err := os.Mkdir(mnt, 0o700); err != nil {
+	mnt, err := os.MkdirTemp(n.dir, "mnt-") // containerd remembers a path for longer than it is mounted
+	if err != nil {
 		return nil, fmt.Errorf("read the tree of %s: %w", ref, err)
 	}
 	if err := n.ctr(ctx, "images", "mount", "--snapshotter", n.snapshotter, ref, mnt); err != nil {

@@ -24,6 +24,8 @@ type Options struct {
 	Images, Encodings, Links []string
 	// Systems that are compared; empty is the suite's own choice.
 	Systems []string
+	// Faults are the cases of pull-faults; empty is all of them.
+	Faults []string
 	// Image is one of any registry, which is pulled beside Images, or alone.
 	Image string
 	// Function is the image that suites of starts deploy; empty is python.
@@ -76,9 +78,10 @@ func (o *Options) push(ctx context.Context, registry, name string) (string, erro
 // suites by name.
 func suites() map[string]func(context.Context, *Options, *Report) error {
 	return map[string]func(context.Context, *Options, *Report) error{
-		"pull":  pullSuite,
-		"start": startSuite,
-		"demo":  demoSuite,
+		"pull":        pullSuite,
+		"pull-faults": faultSuite,
+		"start":       startSuite,
+		"demo":        demoSuite,
 	}
 }
 

@@ -48,9 +48,10 @@ func command() *cobra.Command {
 A table goes to standard output, progress to standard error, and with --json every sample to a file.
 
 Suites:
-  start   from a request at the gateway to the first byte: cold, from the pool, warm; beside the bare process
-  pull    what a pull takes, in cases IMAGE/ENCODING/LINK; beside containerd's defaults and others
-  demo    a short start suite, with the waterfall of one cold start`,
+  start        from a request at the gateway to the first byte: cold, from the pool, warm; beside the bare process
+  pull         what a pull takes, in cases IMAGE/ENCODING/LINK; beside containerd's defaults and others
+  pull-faults  whether a pull ends as it should when the registry, the disk or a daemon fails
+  demo         a short start suite, with the waterfall of one cold start`,
 		Example: `  bench start --quick
   bench pull --images python,go --rounds 5 --json pull.json
   bench pull --images fat --encodings gzip,zstd --links gigabit,capped --systems hearth,soci
@@ -75,6 +76,7 @@ Suites:
 	list(&o.Encodings, "encodings", "how their layers are encoded", bench.Encodings())
 	list(&o.Links, "links", "over which they come", bench.Links())
 	list(&o.Systems, "systems", "which are compared", bench.Systems())
+	list(&o.Faults, "faults", "faults that pull-faults brings about", bench.Faults())
 	root.Flags().StringVar(&o.Image, "image", "", "an image of any registry, pulled beside --images or alone")
 	root.Flags().StringVar(&o.Function, "function", "", "image that start and demo deploy (default python)")
 	json := root.Flags().String("json", "", "file for the rows and all samples")
