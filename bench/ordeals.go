@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/hearth-serverless/hearth/bench/faults"
 )
@@ -171,7 +173,7 @@ func (v *victim) fill(ctx context.Context, r *front, leave int64) (time.Duration
 	if pulled == nil {
 		return took, errors.New("the pull says that it is right")
 	}
-	if !strings.Contains(pulled.Error(), "no space left") {
+	if status.Code(pulled) != codes.ResourceExhausted && !strings.Contains(pulled.Error(), unix.ENOSPC.Error()) {
 		return took, fmt.Errorf("the error does not say what is full: %w", pulled)
 	}
 	if _, err := v.pull(ctx, ref); err != nil {
