@@ -21,7 +21,7 @@ tools: go ## compile containerd, runc, CNI plugins and the registry into .cache 
 peers: go ## compile the snapshotters that benchmarks compare with (SOCI, stargz) into .cache; bench does it when it needs them
 	@tools/build peers >/dev/null
 
-images: build tools ## make the sample images (python, java, node, go, pause) in .cache; needs root and a Debian mirror
+images: build tools ## make all sample images in .cache (`bin/bench images NAME` for one); needs root and a Debian mirror
 	bin/bench images
 
 test: tools ## every test, under the race detector; those of the node want root; TESTFLAGS='-run X' narrows it
