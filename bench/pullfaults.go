@@ -201,11 +201,13 @@ func (f *faulter) file(c faultCase, system string, took []time.Duration, fault e
 		outcome = 0
 		f.report.note(fmt.Sprintf("%s: %s: wrong: %v", c.name, system, fault))
 	}
+	var times []string
 	for _, t := range took {
 		f.report.Add(c.name, system, "pull_time", "s", t.Seconds())
+		times = append(times, fmt.Sprintf("%.2f s", t.Seconds()))
 	}
 	f.report.Add(c.name, system, "outcome", outcomeUnit, outcome)
-	f.o.say("%-18s %-11s outcome %.0f %v", c.name, system, outcome, took)
+	f.o.say("%-18s %-11s outcome %.0f  %s", c.name, system, outcome, strings.Join(times, ", "))
 }
 
 // honest pulls an image with containerd's defaults, and returns its tree.
