@@ -4,7 +4,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -X github.com/hearth-serverless/hearth/internal/daemon.version=$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help build tools images test demo lint generate clean go
+.PHONY: help build tools peers images test demo lint generate clean go
 
 help: ## show this list
 	@echo "Hearth $(VERSION): make TARGET"
@@ -18,7 +18,10 @@ build: go ## compile Hearth's commands into bin/
 tools: go ## compile containerd, runc, CNI plugins and the registry into .cache (some minutes once, then at once)
 	@tools/build >/dev/null
 
-images: build tools ## make the sample images (python, java, node, go, pause) in .cache; needs root and a Debian mirror
+peers: go ## compile the snapshotters that benchmarks compare with (SOCI, stargz) into .cache; bench does it when it needs them
+	@tools/build peers >/dev/null
+
+images: build tools ## make all sample images in .cache (`bin/bench images NAME` for one); needs root and a Debian mirror
 	bin/bench images
 
 test: tools ## every test, under the race detector; those of the node want root; TESTFLAGS='-run X' narrows it

@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"text/template"
 	"time"
 
@@ -16,88 +18,63 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// node is a containerd that images are pulled into: with its defaults, or with nodeagent as its snapshotter.
+// node is a containerd that images are pulled into, with whoever is its snapshotter.
 type node struct {
 	tools, dir, socket, snapshotter string
 	conn                            *grpc.ClientConn
 	stop                            func() error
-	// processes, as they are now: containerd, and nodeagent if there is one.
-	processes func() (containerd, agent int, err error)
+	// processes as they are now: the one that does the work, which is containerd if it has no helper, and then the others.
+	processes func() ([]int, error)
 }
 
-// defaults is the least that a containerd needs to stand beside others; all else is as containerd has it.
-const defaults = `version = 3
-root = {{printf "%q" .Root}}
-state = {{printf "%q" .State}}
-[grpc]
-  address = {{printf "%q" .Socket}}
-[ttrpc]
-  address = {{printf "%q" .TTRPC}}
-[plugins.'io.containerd.internal.v1.opt']
-  path = {{printf "%q" .Opt}}
-`
-
-// startNode starts the system called system with all its data in dir.
-func startNode(ctx context.Context, o *Options, dir, system string) (*node, error) {
-	start := startDefaults
-	if system == "hearth" {
-		start = startHearth
+// startNode starts the system called system with all its data in dir, to pull from registry.
+func startNode(ctx context.Context, o *Options, dir, system, registry string) (*node, error) {
+	start, ok := systems()[system]
+	if !ok {
+		return nil, fmt.Errorf("there is no system %q", system)
 	}
-	n, err := start(ctx, o, dir)
+	n, err := start(ctx, o, dir, registry)
 	if err != nil {
 		return nil, err
 	}
 	if n.conn, err = grpc.NewClient("unix://"+n.socket, grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to containerd: %w", err), n.stop())
 	}
-	// The CRI service starts last: its answer means that all of containerd is up.
-	ready, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if _, err = cri.NewImageServiceClient(n.conn).ImageFsInfo(ready, &cri.ImageFsInfoRequest{}, grpc.WaitForReady(true)); err != nil {
-		return nil, errors.Join(fmt.Errorf("await containerd's CRI: %w", err), n.stop())
+	if err := n.ready(ctx); err != nil {
+		return nil, errors.Join(err, n.close())
 	}
 	return n, nil
 }
 
+// ready waits for the CRI service, which starts last: its answer means that all of containerd is up.
+func (n *node) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if _, err := cri.NewImageServiceClient(n.conn).ImageFsInfo(ctx, &cri.ImageFsInfoRequest{}, grpc.WaitForReady(true)); err != nil {
+		return fmt.Errorf("await containerd's CRI: %w", err)
+	}
+	return nil
+}
+
+func (n *node) close() error { return errors.Join(n.conn.Close(), n.stop()) }
+
 // startHearth brings up the whole of Hearth on one machine, with an empty pool.
-func startHearth(ctx context.Context, o *Options, dir string) (*node, error) {
+func startHearth(ctx context.Context, o *Options, dir, _ string) (*node, error) {
 	st, err := startStack(ctx, o, dir, stackOptions{pool: -1})
 	if err != nil {
 		return nil, err
 	}
 	return &node{
 		tools: o.Tools, dir: dir, socket: st.containerdSocket(), snapshotter: "hearth", stop: st.stop,
-		processes: func() (int, int, error) {
-			containerd, err := st.pid("containerd")
-			if err != nil {
-				return 0, 0, err
-			}
+		processes: func() ([]int, error) {
 			agent, err := st.pid("nodeagent")
-			return containerd, agent, err
+			if err != nil {
+				return nil, err
+			}
+			containerd, err := st.pid("containerd")
+			return []int{agent, containerd}, err
 		},
 	}, nil
-}
-
-func startDefaults(ctx context.Context, o *Options, dir string) (*node, error) {
-	n := &node{tools: o.Tools, dir: dir, socket: filepath.Join(dir, "c.sock"), snapshotter: "overlayfs"}
-	config := filepath.Join(dir, "config.toml")
-	err := render(config, defaults, map[string]string{
-		"Root": filepath.Join(dir, "root"), "State": filepath.Join(dir, "state"), "Opt": filepath.Join(dir, "opt"),
-		"Socket": n.socket, "TTRPC": n.socket + ".ttrpc",
-	})
-	if err != nil {
-		return nil, err
-	}
-	p, err := startProcess(dir, filepath.Join(o.Tools, "containerd"), "--config", config)
-	if err != nil {
-		return nil, err
-	}
-	n.stop = func() error { p.stop(); return nil }
-	n.processes = func() (int, int, error) { return p.cmd.Process.Pid, 0, nil }
-	if err := p.await(ctx, "unix", n.socket); err != nil {
-		return nil, errors.Join(err, n.stop())
-	}
-	return n, nil
 }
 
 // render writes a configuration.
@@ -118,49 +95,93 @@ func (n *node) pull(ctx context.Context, ref string) (time.Duration, error) {
 	start := time.Now()
 	_, err := cri.NewImageServiceClient(n.conn).PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}})
 	if err != nil {
-		return 0, fmt.Errorf("pull %s: %w", ref, err)
+		return time.Since(start), fmt.Errorf("pull %s: %w", ref, err)
 	}
 	return time.Since(start), nil
 }
 
-// addMemory files the peak memory of the system's own process, and of containerd beside nodeagent.
-func (n *node) addMemory(r *Report, name, system string) error {
-	containerd, agent, err := n.processes()
+// remove forgets an image; its snapshots go with containerd's next collection of garbage.
+func (n *node) remove(ctx context.Context, ref string) error {
+	_, err := cri.NewImageServiceClient(n.conn).RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: ref}})
 	if err != nil {
-		return err
+		return fmt.Errorf("remove %s: %w", ref, err)
 	}
-	resident, err := peakRSS(containerd)
-	if err != nil {
-		return err
-	}
-	if agent == 0 {
-		r.Add(name, system, "peak_rss", "bytes", resident)
-		return nil
-	}
-	r.Add(name, system, "peak_rss_containerd", "bytes", resident)
-	if resident, err = peakRSS(agent); err != nil {
-		return err
-	}
-	r.Add(name, system, "peak_rss", "bytes", resident)
 	return nil
+}
+
+// endLeases ends what keeps the leftovers of pulls for a day that were under way when containerd was killed.
+func (n *node) endLeases(ctx context.Context) error {
+	out, err := n.ctrOutput(ctx, "leases", "list", "--quiet")
+	if err != nil {
+		return err
+	}
+	for id := range strings.FieldsSeq(out) {
+		if err := n.ctr(ctx, "leases", "delete", "--sync", id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ctr runs containerd's own client in the CRI's namespace.
+func (n *node) ctr(ctx context.Context, args ...string) error {
+	_, err := n.ctrOutput(ctx, args...)
+	return err
+}
+
+func (n *node) ctrOutput(ctx context.Context, args ...string) (string, error) {
+	argv := append([]string{"--address", n.socket, "--namespace", "k8s.io"}, args...)
+	var out, problems bytes.Buffer
+	cmd := exec.CommandContext(ctx, filepath.Join(n.tools, "ctr"), argv...)
+	cmd.Stdout, cmd.Stderr = &out, &problems
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("ctr %s: %w: %s", args[0], err, problems.Bytes())
+	}
+	return out.String(), nil
+}
+
+// run starts a container of an image that was pulled, waits until its process listens, ends it, and returns the time from the
+// beginning to the listening. Every system's container is started by containerd's own client, on the machine's network.
+func (n *node) run(ctx context.Context, ref string) (took time.Duration, err error) {
+	const id = "hearth-bench"
+	address, err := freeAddress()
+	if err != nil {
+		return 0, err
+	}
+	_, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return 0, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	start := time.Now()
+	err = n.ctr(ctx, "run", "--detach", "--net-host", "--snapshotter", n.snapshotter, "--env", "PORT="+port, "--null-io",
+		"--cgroup", "/"+id, "--runc-binary", filepath.Join(n.tools, "runc"), ref, id)
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+		defer cancel()
+		err = errors.Join(err, n.ctr(clean, "tasks", "delete", "--force", id), n.ctr(clean, "containers", "delete", id))
+	}()
+	if err := awaitListener(ctx, address); err != nil {
+		return 0, err
+	}
+	return time.Since(start), nil
 }
 
 // tree reads what a container of the image would see.
 func (n *node) tree(ctx context.Context, ref string) (tree map[string]string, err error) {
-	mnt := filepath.Join(n.dir, "mnt")
-	if err := os.Mkdir(mnt, 0o700); err != nil {
+	mnt, err := os.MkdirTemp(n.dir, "mnt-") // containerd remembers a path for longer than it is mounted
+	if err != nil {
 		return nil, fmt.Errorf("read the tree of %s: %w", ref, err)
 	}
-	ctr := func(args ...string) error {
-		argv := append([]string{"--address", n.socket, "--namespace", "k8s.io", "images"}, args...)
-		if out, err := exec.CommandContext(ctx, filepath.Join(n.tools, "ctr"), argv...).CombinedOutput(); err != nil {
-			return fmt.Errorf("ctr images %s: %w: %s", args[0], err, out)
-		}
-		return nil
-	}
-	if err := ctr("mount", "--snapshotter", n.snapshotter, ref, mnt); err != nil {
+	if err := n.ctr(ctx, "images", "mount", "--snapshotter", n.snapshotter, ref, mnt); err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, ctr("unmount", "--rm", "--snapshotter", n.snapshotter, mnt)) }()
+	defer func() {
+		err = errors.Join(err, n.ctr(ctx, "images", "unmount", "--rm", "--snapshotter", n.snapshotter, mnt), os.Remove(mnt))
+	}()
 	return Tree(mnt)
 }

@@ -20,8 +20,14 @@ type Options struct {
 	Quick bool
 	// Rounds over all cases and systems; 0 is the suite's own number.
 	Rounds int
-	// Images narrows the cases of suites that have one for each image; empty is all of them.
-	Images []string
+	// Images, Encodings and Links choose the cases of pulls: all combinations of them. All empty is the suite's own choice.
+	Images, Encodings, Links []string
+	// Systems that are compared; empty is the suite's own choice.
+	Systems []string
+	// Faults are the cases of pull-faults; empty is all of them.
+	Faults []string
+	// Image is one of any registry, which is pulled beside Images, or alone.
+	Image string
 	// Function is the image that suites of starts deploy; empty is python.
 	Function string
 	// Cache holds images and tools (see images.Config); Tools and Bin hold the programs of others and Hearth's own.
@@ -46,9 +52,14 @@ func (o *Options) rounds(quick, full int) int {
 	return full
 }
 
+// images says where sample images are built.
+func (o *Options) images() images.Config {
+	return images.Config{Cache: o.Cache, Progress: func(line string) { o.say("images: %s", line) }}
+}
+
 // layout of a sample image, built if the cache does not have it.
 func (o *Options) layout(ctx context.Context, name string) (string, error) {
-	return images.Build(ctx, images.Config{Cache: o.Cache, Progress: func(line string) { o.say("images: %s", line) }}, name)
+	return images.Build(ctx, o.images(), name)
 }
 
 // push uploads a sample image to a registry and returns its reference.
@@ -67,9 +78,10 @@ func (o *Options) push(ctx context.Context, registry, name string) (string, erro
 // suites by name.
 func suites() map[string]func(context.Context, *Options, *Report) error {
 	return map[string]func(context.Context, *Options, *Report) error{
-		"pull":  pullSuite,
-		"start": startSuite,
-		"demo":  demoSuite,
+		"pull":        pullSuite,
+		"pull-faults": faultSuite,
+		"start":       startSuite,
+		"demo":        demoSuite,
 	}
 }
 

@@ -21,9 +21,9 @@ type process struct {
 	done chan struct{} // closed when it has ended
 }
 
-// startProcess runs argv with its output in dir/NAME.log. The process is in a group of its own, so that a Ctrl-C reaches only
+// startProcess runs argv, with env beside this process's own environment, and with its output in dir/NAME.log. The process is in a group of its own, so that a Ctrl-C reaches only
 // the harness, which ends everything in order.
-func startProcess(dir string, argv ...string) (*process, error) {
+func startProcess(dir string, env []string, argv ...string) (*process, error) {
 	p := &process{name: filepath.Base(argv[0]), done: make(chan struct{})}
 	p.log = filepath.Join(dir, p.name+".log")
 	out, err := os.Create(p.log)
@@ -32,6 +32,7 @@ func startProcess(dir string, argv ...string) (*process, error) {
 	}
 	defer out.Close()
 	p.cmd = exec.Command(argv[0], argv[1:]...)
+	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Stdout, p.cmd.Stderr = out, out
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := p.cmd.Start(); err != nil {

@@ -5,104 +5,151 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
+	"strings"
 	"time"
-
-	"github.com/hearth-serverless/hearth/deploy"
 )
 
-const (
-	// quickTime is what a quick run has, with the building of images that were not cached; it makes quickLeast rounds at least.
-	quickTime  = 110 * time.Second
-	quickLeast = 2
-)
+// quickTime is what a quick run has, with the building of images that were not cached; it makes one round at least.
+const quickTime = 105 * time.Second
 
-// pullSuite pulls each image by the kubelet's own call, CRI PullImage, into a containerd on a new file system in memory:
-// once with containerd's defaults, once with nodeagent as its snapshotter. The image comes from a registry on loopback, whose
-// blobs are in the page cache for both. pull_time ends when the image is unpacked; hearth's includes making it durable, which
-// containerd's defaults leave out. peak_rss is containerd's, and for hearth nodeagent's, where containerd's own is given as
-// peak_rss_containerd beside it. In the first round the trees of both are compared, file by file.
+// pullSuite pulls images by the kubelet's own call, CRI PullImage, into each system on a new file system in memory, in cases of
+// IMAGE/ENCODING/LINK. The image comes from a registry on loopback, over a link as slow as the case says. Metrics:
+//
+//   - pull_time: until the call returns, with the image unpacked. hearth's includes making it durable, which others leave out.
+//   - pull_time_synced: pull_time and then `sync -f`, for all alike.
+//   - ready_time: pull_time and the start of a container of the image, until its process listens. The sync is not in it.
+//   - bytes_fetched: what the registry wrote meanwhile, headers and all.
+//   - bytes_written: what went to the disk, until all of it was durable.
+//   - cpu_seconds: of the system's daemons and the children that they waited for, from /proc, as of the end of the pull.
+//   - prepare_wait: for the image of small files, the longest that the Prepare of another snapshot took beside the pull.
+//   - peak_rss: the most memory resident in the process that does the work: containerd, or the snapshotter that it has beside it,
+//     where containerd's own is given as peak_rss_containerd. Children are not in it.
+//
+// In the first round the trees of all systems are read through a mounted snapshot, and compared file by file.
 func pullSuite(ctx context.Context, o *Options, r *Report) (err error) {
 	started := time.Now()
-	memory, end, err := memoryDir(os.TempDir())
+	p := &puller{o: o, report: r}
+	cases, err := o.pullCases()
 	if err != nil {
+		return err
+	}
+	if p.systems, err = o.pullSystems(ctx, r); err != nil {
+		return err
+	}
+	if cases = p.possible(ctx, cases); len(cases) == 0 {
+		return errors.New("no case is left that can be measured")
+	}
+	var end func() error
+	if p.memory, end, err = memoryDir(os.TempDir()); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, end()) }()
-	reg, err := startRegistry(ctx, o, memory)
-	if err != nil {
+	if p.origin, err = startOrigin(ctx, o, p.memory); err != nil {
 		return err
 	}
-	defer func() {
-		reg.process.stop()
-		err = errors.Join(err, os.RemoveAll(filepath.Join(memory, "registry")))
-	}()
-	cases := o.Images
-	if len(cases) == 0 {
-		cases = []string{"python", "java", "node", "go"}
-	}
-	refs := map[string]string{}
-	for _, name := range cases {
-		if refs[name], err = o.push(ctx, reg.address, name); err != nil {
+	defer func() { err = errors.Join(err, p.origin.stop()) }()
+	for _, c := range cases { // before the clock of rounds runs
+		if _, err := p.origin.ref(ctx, c); err != nil {
 			return err
 		}
 	}
-	rounds, pulling := o.rounds(3, 10), time.Now()
-	for round := range rounds {
-		if o.Quick && round >= quickLeast && time.Since(started)+time.Since(pulling)/time.Duration(round) > quickTime {
-			break // there is no time for another
-		}
-		for _, name := range cases {
-			if err := pullRound(ctx, o, r, memory, round, rounds, name, refs[name]); err != nil {
-				return fmt.Errorf("pull %s, round %d: %w", name, round+1, err)
+	done, pulling := 0, time.Now()
+	for round := range o.rounds(4, 5) {
+		for _, c := range cases {
+			if o.Quick && round > 0 && time.Since(started)+time.Since(pulling)/time.Duration(done) > quickTime {
+				return nil // there is no time for another
 			}
+			if err := p.round(ctx, round, c); err != nil {
+				return fmt.Errorf("pull %s, round %d: %w", c, round+1, err)
+			}
+			done++
 		}
 	}
 	return nil
 }
 
-// pullRound pulls one image with both systems, each second round in the other order.
-func pullRound(ctx context.Context, o *Options, r *Report, memory string, round, rounds int, name, ref string) error {
-	systems := []string{"hearth", "containerd"}
-	if round%2 == 1 {
-		slices.Reverse(systems)
+// smallFiles is the image that makes others wait, if any does.
+const smallFiles = "smallfiles"
+
+// puller is a run of the suite.
+type puller struct {
+	o       *Options
+	report  *Report
+	memory  string // a folder in memory
+	origin  *origin
+	systems []string
+}
+
+// possible leaves out, aloud, the cases that this build of hearth cannot do.
+func (p *puller) possible(ctx context.Context, cases []pullCase) []pullCase {
+	if !slices.ContainsFunc(cases, func(c pullCase) bool { return c.encoding == siblings }) || p.o.canAccelerate(ctx) {
+		return cases
 	}
+	p.report.note("siblings are left out: this hearth has no command image accelerate")
+	return slices.DeleteFunc(cases, func(c pullCase) bool { return c.encoding == siblings })
+}
+
+// round pulls a case with all systems, beginning with another one each time.
+func (p *puller) round(ctx context.Context, round int, c pullCase) error {
 	trees := map[string]map[string]string{}
-	for _, system := range systems {
-		took, tree, err := pullOnce(ctx, o, r, memory, name, system, ref, round == 0)
+	for i := range p.systems {
+		system := p.systems[(i+round)%len(p.systems)]
+		took, tree, err := p.pull(ctx, c, system, round == 0)
 		if err != nil {
 			return fmt.Errorf("%s: %w", system, err)
 		}
 		trees[system] = tree
-		o.say("round %d of %d: %-7s %-11s %.2f s", round+1, rounds, name, system, took.Seconds())
+		p.o.say("round %d: %-28s %-16s %.2f s", round+1, c, system, took.Seconds())
 	}
-	if diff := Differences(trees["containerd"], trees["hearth"], 10); len(diff) > 0 {
-		return fmt.Errorf("the trees differ (containerd's first): %q", diff)
+	if round > 0 {
+		return nil
 	}
-	if n := len(trees["hearth"]); n > 0 {
-		o.say("%s: %d files, identical in both", name, n)
+	return p.compare(c, trees)
+}
+
+// compare holds hearth's tree to containerd's. A peer may have its own idea of a tree, which the reader is told.
+func (p *puller) compare(c pullCase, trees map[string]map[string]string) error {
+	reference := p.systems[0]
+	if slices.Contains(p.systems, "containerd") {
+		reference = "containerd"
 	}
+	same := []string{reference}
+	for _, system := range p.systems {
+		if system == reference {
+			continue
+		}
+		diff := Differences(trees[reference], trees[system], 10)
+		switch {
+		case len(diff) == 0:
+			same = append(same, system)
+		case reference == "containerd" && system == "hearth":
+			return fmt.Errorf("the tree of hearth is not containerd's (first): %q", diff)
+		default:
+			p.report.note(fmt.Sprintf("the tree of %s is not that of %s (second): %q", reference, system, diff[0]))
+		}
+	}
+	p.o.say("%s: %d files, identical in %s", c, len(trees[reference]), strings.Join(same, ", "))
 	return nil
 }
 
-// pullOnce pulls ref on a new file system and, if asked to, reads the tree that came of it.
-func pullOnce(ctx context.Context, o *Options, r *Report, memory, name, system, ref string, compare bool) (took time.Duration, tree map[string]string, err error) {
-	fs, err := newScratch(ctx, memory)
+// pull pulls a case on a new file system and, if asked to, reads the tree that came of it.
+func (p *puller) pull(ctx context.Context, c pullCase, system string, compare bool) (took time.Duration, tree map[string]string, err error) {
+	ref, err := p.origin.ref(ctx, c)
+	if err != nil {
+		return 0, nil, err
+	}
+	fs, err := newScratch(ctx, p.memory)
 	if err != nil {
 		return 0, nil, err
 	}
 	defer func() { err = errors.Join(err, fs.remove()) }()
-	n, err := startNode(ctx, o, fs.Dir, system)
+	n, err := startNode(ctx, p.o, fs.Dir, system, p.origin.links[c.link])
 	if err != nil {
 		return 0, nil, err
 	}
-	defer func() { err = errors.Join(err, n.conn.Close(), n.stop()) }()
-	if took, err = n.pull(ctx, ref); err != nil {
-		return 0, nil, err
-	}
-	r.Add(name, system, "pull_time", "s", took.Seconds())
-	if err := n.addMemory(r, name, system); err != nil {
+	defer func() { err = errors.Join(err, n.close()) }()
+	if took, err = p.measure(ctx, n, c, system, ref); err != nil {
 		return 0, nil, err
 	}
 	if compare {
@@ -111,30 +158,88 @@ func pullOnce(ctx context.Context, o *Options, r *Report, memory, name, system, 
 	return took, tree, err
 }
 
-// localRegistry is a registry on loopback.
-type localRegistry struct {
-	process *process
-	address string
+// measure pulls once and files all metrics.
+func (p *puller) measure(ctx context.Context, n *node, c pullCase, system, ref string) (took time.Duration, err error) {
+	add := func(metric, unit string, sample float64) { p.report.Add(c.String(), system, metric, unit, sample) }
+	if err := syncFS(n.dir); err != nil { // what starting left is not the pull's
+		return 0, err
+	}
+	before, err := p.usage(n)
+	if err != nil {
+		return 0, err
+	}
+	if c.image == smallFiles {
+		var longest time.Duration
+		took, longest, err = n.pullBeside(ctx, ref)
+		add("prepare_wait", "ms", ms(longest))
+	} else {
+		took, err = n.pull(ctx, ref)
+	}
+	if err != nil {
+		return 0, err
+	}
+	after, err := p.usage(n)
+	if err != nil {
+		return 0, err
+	}
+	start := time.Now()
+	if err := syncFS(n.dir); err != nil {
+		return 0, err
+	}
+	synced := took + time.Since(start)
+	disk, err := deviceWritten(n.dir)
+	if err != nil {
+		return 0, err
+	}
+	add("pull_time", "s", took.Seconds())
+	add("pull_time_synced", "s", synced.Seconds())
+	add("cpu_seconds", "s", after.cpu-before.cpu)
+	add("bytes_fetched", "bytes", after.fetched-before.fetched)
+	add("bytes_written", "bytes", disk-before.written)
+	if err := addMemory(n, add); err != nil {
+		return 0, err
+	}
+	if p.o.Image != "" && c.image == foreignName(p.o.Image) { // whether it listens, and on what, is its own affair
+		return took, nil
+	}
+	started, err := n.run(ctx, ref)
+	if err != nil {
+		return 0, err
+	}
+	add("ready_time", "s", (took + started).Seconds())
+	return took, nil
 }
 
-// startRegistry starts a registry with its data below dir.
-func startRegistry(ctx context.Context, o *Options, dir string) (*localRegistry, error) {
-	address, err := freeAddress()
+// usage of a system at one moment.
+type usage struct{ cpu, fetched, written float64 }
+
+func (p *puller) usage(n *node) (u usage, err error) {
+	pids, err := n.processes()
 	if err != nil {
-		return nil, err
+		return u, err
 	}
-	config := filepath.Join(dir, "registry.yaml")
-	err = render(config, deploy.Registry, map[string]string{"RegistryRoot": filepath.Join(dir, "registry"), "RegistryAddress": address})
+	if u.cpu, err = cpuSeconds(pids); err != nil {
+		return u, err
+	}
+	if u.fetched, err = p.origin.sent(); err != nil {
+		return u, err
+	}
+	u.written, err = deviceWritten(n.dir)
+	return u, err
+}
+
+// addMemory files the peak memory of the process that does the work, and of containerd beside it.
+func addMemory(n *node, add func(metric, unit string, sample float64)) error {
+	pids, err := n.processes()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	p, err := startProcess(dir, filepath.Join(o.Tools, "registry"), "serve", config)
-	if err != nil {
-		return nil, err
+	for i, metric := range []string{"peak_rss", "peak_rss_containerd"}[:len(pids)] {
+		resident, err := peakRSS(pids[i])
+		if err != nil {
+			return err
+		}
+		add(metric, "bytes", resident)
 	}
-	if err := p.await(ctx, "tcp", address); err != nil {
-		p.stop()
-		return nil, err
-	}
-	return &localRegistry{process: p, address: address}, nil
+	return nil
 }

@@ -62,6 +62,24 @@ func TestReportIsWrittenInTheCommonShape(t *testing.T) {
 	if !strings.Contains(table.String(), "0.50 of containerd") {
 		t.Errorf("the table does not compare hearth with its peer:\n%s", table.String())
 	}
+	if strings.Contains(table.String(), "loses") {
+		t.Errorf("the table says that hearth loses, which it does not:\n%s", table.String())
+	}
+}
+
+func TestLossesAreTold(t *testing.T) {
+	r := bench.Report{Suite: "pull"}
+	for system, seconds := range map[string]float64{"hearth": 1, "containerd": 2, "soci": 0.8, "containerd-tuned": 0.999} {
+		r.Add("python/gzip/loopback", system, "pull_time", "s", seconds)
+	}
+	var table strings.Builder
+	if err := r.WriteTable(&table); err != nil {
+		t.Fatal(err)
+	}
+	_, losses, found := strings.Cut(table.String(), "Where hearth loses:")
+	if got := strings.TrimSpace(losses); !found || got != "python/gzip/loopback pull_time: 1.25 of soci" {
+		t.Errorf("losses %q in\n%s", got, table.String())
+	}
 }
 
 func TestTreesThatDifferAreSeen(t *testing.T) {

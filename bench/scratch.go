@@ -69,21 +69,46 @@ func (s *scratch) remove() error {
 
 // unmountAll unmounts dir and all that is mounted below it, the latest first.
 func unmountAll(dir string) error {
-	data, err := os.ReadFile("/proc/self/mountinfo")
+	points, err := mountPoints()
 	if err != nil {
-		return fmt.Errorf("read mounts: %w", err)
+		return err
 	}
-	lines := strings.Split(strings.TrimSpace(string(data)), "\n")
-	for _, line := range slices.Backward(lines) {
-		fields := strings.Fields(line)
-		if len(fields) < 5 || (fields[4] != dir && !strings.HasPrefix(fields[4], dir+"/")) {
+	for _, point := range slices.Backward(points) {
+		if point != dir && !strings.HasPrefix(point, dir+"/") {
 			continue
 		}
-		if err := unix.Unmount(fields[4], 0); err != nil {
-			return fmt.Errorf("unmount %s: %w", fields[4], err)
+		if err := unix.Unmount(point, 0); err != nil {
+			return fmt.Errorf("unmount %s: %w", point, err)
 		}
 	}
 	return nil
+}
+
+// mountsBelow are the mounts below dir, itself not among them.
+func mountsBelow(dir string) (map[string]bool, error) {
+	points, err := mountPoints()
+	below := map[string]bool{}
+	for _, point := range points {
+		if strings.HasPrefix(point, dir+"/") {
+			below[point] = true
+		}
+	}
+	return below, err
+}
+
+// mountPoints of this namespace, the latest last.
+func mountPoints() ([]string, error) {
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("read mounts: %w", err)
+	}
+	var points []string
+	for line := range strings.Lines(string(data)) {
+		if fields := strings.Fields(line); len(fields) > 4 {
+			points = append(points, fields[4])
+		}
+	}
+	return points, nil
 }
 
 func ignoreMissing(err error) error {

@@ -169,6 +169,13 @@ func TestPush(t *testing.T) {
 	if got, err := image.Digest(); err != nil || got.String() != digest {
 		t.Errorf("the registry has %v, %v; Push returned %s", got, err, digest)
 	}
+	fetched, err := images.Fetch(t.Context(), images.Config{Cache: t.TempDir()}, "theirs", ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := load(t, fetched).Digest(); err != nil || got.String() != digest {
+		t.Errorf("what was fetched has digest %v, %v; want %s", got, err, digest)
+	}
 	if _, err := images.Push(t.Context(), t.TempDir(), ref); err == nil {
 		t.Error("an empty folder was pushed")
 	}

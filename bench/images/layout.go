@@ -15,19 +15,25 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// assemble joins layers, lowest first, into the image of r, and writes it into dir as an OCI layout. The layers' files
-// become the layout's.
-func assemble(r recipe, layers []*blob, dir string) error {
-	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
-	image, err := mutate.ConfigFile(image, &v1.ConfigFile{
+// config is that of an image made by r.
+func (r recipe) config() *v1.ConfigFile {
+	return &v1.ConfigFile{
 		Architecture: runtime.GOARCH,
 		OS:           "linux",
-		RootFS:       v1.RootFS{Type: "layers"},
 		Config: v1.Config{
 			Cmd: r.Cmd,
 			Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
 		},
-	})
+	}
+}
+
+// assemble joins layers, lowest first, into an image with a configuration, and writes it into dir as an OCI layout. The layers'
+// files become the layout's.
+func assemble(config *v1.ConfigFile, layers []*blob, dir string) error {
+	config = config.DeepCopy()
+	config.RootFS, config.History = v1.RootFS{Type: "layers"}, nil // both are of the layers that follow
+	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	image, err := mutate.ConfigFile(image, config)
 	if err != nil {
 		return err
 	}

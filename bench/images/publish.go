@@ -135,3 +135,26 @@ func addFile(out *tar.Writer, name string, content io.Reader, bytes int64) error
 	_, err = io.Copy(out, content)
 	return err
 }
+
+// Layer is one of an image's, as a registry has it.
+type Layer struct {
+	Digest string
+	Bytes  int64 // compressed
+}
+
+// Layers of a layout's image, lowest first.
+func Layers(layoutPath string) ([]Layer, error) {
+	image, err := open(layoutPath)
+	if err != nil {
+		return nil, err
+	}
+	manifest, err := image.Manifest()
+	if err != nil {
+		return nil, fmt.Errorf("read the manifest of %s: %w", layoutPath, err)
+	}
+	layers := make([]Layer, len(manifest.Layers))
+	for i, l := range manifest.Layers {
+		layers[i] = Layer{Digest: l.Digest.String(), Bytes: l.Size}
+	}
+	return layers, nil
+}

@@ -26,6 +26,10 @@ type recipe struct {
 	File     string   // the function's file name in the image: under appDir, or in / for an image from scratch
 	Source   []byte
 	Cmd      []string
+	// From are the images of whose files one of a certain shape is made; none for the others. Version is raised when the shape
+	// changes.
+	From    []string `json:",omitempty"`
+	Version int      `json:",omitempty"`
 }
 
 // appDir is where the function lies in an image that has more than it.
@@ -69,13 +73,27 @@ func recipeOf(name string) (recipe, bool) {
 		return recipe{File: "function", Source: source("main.go"), Cmd: []string{"/function"}}, true
 	case "pause":
 		return recipe{File: "pause", Source: runtimes.Pause(), Cmd: []string{"/pause"}}, true
+	case "fat":
+		return recipe{From: []string{"go", "java", "node"}, Version: 1, Cmd: []string{"/function"}}, true
+	case "layers":
+		return recipe{From: []string{"python"}, Version: 1, Cmd: []string{"python3", appDir + "/function.py"}}, true
+	case "smallfiles":
+		return recipe{From: []string{"go", "python"}, Version: 1, Cmd: []string{"/function"}}, true
+	case "torture":
+		return recipe{From: []string{"go"}, Version: 3, Cmd: []string{"/function"}}, true
 	}
 	return recipe{}, false
 }
 
 // key names a cached image: it changes with everything that the image is made of and that this program decides.
 func (r recipe) key() string {
-	return key(r, base(), runtime.Version())
+	parts := []any{r, base(), runtime.Version()}
+	for _, name := range r.From {
+		if from, ok := recipeOf(name); ok {
+			parts = append(parts, from.key())
+		}
+	}
+	return key(parts...)
 }
 
 // key hashes parts together with the builder's version and the machine's architecture.

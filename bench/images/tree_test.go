@@ -3,6 +3,7 @@ package images
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"errors"
 	"io"
 	"os"
@@ -21,6 +22,15 @@ type entry struct {
 	UID, GID   int
 	Records    map[string]string
 	Content    string
+}
+
+func gunzip(t *testing.T, packed io.Reader) io.Reader {
+	t.Helper()
+	plain, err := gzip.NewReader(packed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return plain
 }
 
 func read(t *testing.T, packed io.Reader) []entry {

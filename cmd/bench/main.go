@@ -48,11 +48,14 @@ func command() *cobra.Command {
 A table goes to standard output, progress to standard error, and with --json every sample to a file.
 
 Suites:
-  start   from a request at the gateway to the first byte: cold, from the pool, warm; beside the bare process
-  pull    pull times and memory of unmodified images; beside containerd's defaults
-  demo    a short start suite, with the waterfall of one cold start`,
+  start        from a request at the gateway to the first byte: cold, from the pool, warm; beside the bare process
+  pull         what a pull takes, in cases IMAGE/ENCODING/LINK; beside containerd's defaults and others
+  pull-faults  whether a pull ends as it should when the registry, the disk or a daemon fails
+  demo         a short start suite, with the waterfall of one cold start`,
 		Example: `  bench start --quick
   bench pull --images python,go --rounds 5 --json pull.json
+  bench pull --images fat --encodings gzip,zstd --links gigabit,capped --systems hearth,soci
+  bench pull --image docker.io/library/postgres:17
   bench images python`,
 		Version:       daemon.Version(),
 		ValidArgs:     bench.Names(),
@@ -66,7 +69,15 @@ Suites:
 	flags.StringVar(&o.Bin, "bin", bin, "folder of nodeagent, poolmanager and gateway")
 	root.Flags().BoolVar(&o.Quick, "quick", false, "fewer rounds: ends within two minutes")
 	root.Flags().IntVar(&o.Rounds, "rounds", 0, "rounds over all cases and systems; 0 is the suite's own number")
-	root.Flags().StringSliceVar(&o.Images, "images", nil, "images that pull compares: "+strings.Join(sampleImages(), ", ")+" (default all)")
+	list := func(to *[]string, name, what string, all []string) {
+		root.Flags().StringSliceVar(to, name, nil, what+": "+strings.Join(all, ", "))
+	}
+	list(&o.Images, "images", "images that are pulled", bench.SampleImages())
+	list(&o.Encodings, "encodings", "how their layers are encoded", bench.Encodings())
+	list(&o.Links, "links", "over which they come", bench.Links())
+	list(&o.Systems, "systems", "which are compared", bench.Systems())
+	list(&o.Faults, "faults", "faults that pull-faults brings about", bench.Faults())
+	root.Flags().StringVar(&o.Image, "image", "", "an image of any registry, pulled beside --images or alone")
 	root.Flags().StringVar(&o.Function, "function", "", "image that start and demo deploy (default python)")
 	json := root.Flags().String("json", "", "file for the rows and all samples")
 	root.RunE = func(cmd *cobra.Command, args []string) error { return runSuite(cmd, args[0], o, *json) }
@@ -82,17 +93,6 @@ func runSuite(cmd *cobra.Command, suite string, o bench.Options, json string) er
 	}
 	fmt.Fprintln(cmd.OutOrStdout())
 	return errors.Join(err, report.WriteTable(cmd.OutOrStdout()), report.WriteFile(json))
-}
-
-// sampleImages are those with a function in them.
-func sampleImages() []string {
-	var names []string
-	for _, name := range images.Names() {
-		if name != "pause" {
-			names = append(names, name)
-		}
-	}
-	return names
 }
 
 func imagesCommand(o *bench.Options) *cobra.Command {

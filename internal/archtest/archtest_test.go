@@ -36,7 +36,7 @@ var floors = map[string]int{
 // Not listed are the words that everyone speaks: the standard library, golang.org/x, connect, protobuf, prometheus, digests
 // and containerd's error values.
 var families = map[string][]string{
-	"github.com/klauspost/compress":                          {"layer"},
+	"github.com/klauspost/compress":                          {"layer", "bench/images"},
 	"github.com/pierrec/lz4":                                 {"layer"},
 	"github.com/containerd/stargz-snapshotter":               {"layer"},
 	"github.com/cilium/ebpf":                                 {"internal/bpf"},
@@ -55,7 +55,7 @@ var families = map[string][]string{
 	"github.com/containerd/containerd/v2/core/snapshots":     {"snapshotter"},
 	"github.com/containerd/containerd/v2/contrib/snapshotse": {"snapshotter"},
 	"github.com/containerd/containerd/v2/contrib/seccomp":    {"instance"},
-	"github.com/containerd/containerd/api":                   {"snapshotter", "instance", "internal/doctor", "cmd/nodeagent"},
+	"github.com/containerd/containerd/api":                   {"snapshotter", "instance", "internal/doctor", "cmd/nodeagent", "bench"},
 }
 
 type pkg struct {
