@@ -64,11 +64,23 @@ type Spec struct {
 	Size   int64         // of the blob; 0 if unknown
 	// MediaType is not looked at: the format is told from the bytes.
 	MediaType string
+	// Indexed says that the blob must be what Encoder writes: frames of FrameBytes and an index at the end that agrees with them.
+	Indexed bool
+}
+
+func (s Spec) validate() error {
+	for _, d := range []digest.Digest{s.Digest, s.DiffID} {
+		if err := d.Validate(); err != nil {
+			return fmt.Errorf("digest %q: %w", d, err)
+		}
+	}
+	return nil
 }
 
 // Result is what Unpack made.
 type Result struct {
 	CompressedBytes int64 // size of the blob
+	TarBytes        int64 // size of the tar
 	Bytes           int64 // allocated on disk
 	Inodes          int64 // made in the tree, the root not counted
 	// ImplicitDirs are the directories that had no entry of their own, parents before children, relative to the tree. They
@@ -79,11 +91,12 @@ type Result struct {
 
 // Unpacker unpacks layers. It is safe for concurrent use; all its layers share one budget of memory.
 type Unpacker struct {
-	limits  Limits
-	writers int
-	arena   *arena
-	log     *slog.Logger
-	metrics *metrics
+	limits   Limits
+	writers  int
+	arena    *arena
+	decoders chan *frameDecoder // those that are free
+	log      *slog.Logger
+	metrics  *metrics
 }
 
 // New makes an Unpacker.
@@ -99,16 +112,21 @@ func New(cfg Config) (*Unpacker, error) {
 	if err != nil {
 		return nil, fmt.Errorf("register layer metrics: %w", err)
 	}
+	decoders := make(chan *frameDecoder, min(runtime.GOMAXPROCS(0), maxFrameDecoders))
+	for range cap(decoders) {
+		decoders <- &frameDecoder{}
+	}
 	return &Unpacker{
 		limits: Limits{
 			MaxBytes:   cmp.Or(cfg.Limits.MaxBytes, defaultMaxBytes),
 			MaxRatio:   cmp.Or(cfg.Limits.MaxRatio, defaultMaxRatio),
 			MaxEntries: cmp.Or(cfg.Limits.MaxEntries, defaultMaxEntries),
 		},
-		writers: cmp.Or(cfg.Writers, min(max(runtime.GOMAXPROCS(0), 2), 8)),
-		arena:   newArena(memory),
-		log:     cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler)),
-		metrics: m,
+		writers:  cmp.Or(cfg.Writers, min(max(runtime.GOMAXPROCS(0), 2), 8)),
+		arena:    newArena(memory),
+		decoders: decoders,
+		log:      cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler)),
+		metrics:  m,
 	}, nil
 }
 
@@ -132,10 +150,8 @@ func (u *Unpacker) Unpack(ctx context.Context, src io.Reader, spec Spec, dir str
 }
 
 func (u *Unpacker) unpack(ctx context.Context, src io.Reader, spec Spec, dir string) (*Result, error) {
-	for _, d := range []digest.Digest{spec.Digest, spec.DiffID} {
-		if err := d.Validate(); err != nil {
-			return nil, fmt.Errorf("digest %q: %w", d, err)
-		}
+	if err := spec.validate(); err != nil {
+		return nil, err
 	}
 	q, err := u.arena.open(ctx)
 	if err != nil {
@@ -172,7 +188,7 @@ func (u *Unpacker) unpack(ctx context.Context, src io.Reader, spec Spec, dir str
 	}
 
 	res := x.result()
-	res.CompressedBytes = p.fetched
+	res.CompressedBytes, res.TarBytes = p.fetched, p.decompressed
 	res.Timings.Fetch = p.fetchClock.stage
 	res.Timings.Decompress = p.decompressClock.stage
 	res.Timings.Digest, res.Timings.DiffID = blob.clock.stage, tar.clock.stage
