@@ -36,11 +36,14 @@ func needRoot(t *testing.T) {
 type fake struct {
 	mu       sync.Mutex
 	images   map[string]*registry.Image
-	words    map[digest.Digest]string // by blob digest
-	implicit map[string][]string      // by word
-	fail     map[string]error         // by word, or "image" for resolving: what goes wrong
-	block    map[string]chan struct{} // by word: unpacking waits for it, or for the end of its context
-	opened   map[string]int           // by word
+	words    map[digest.Digest]string             // by blob digest
+	implicit map[string][]string                  // by word
+	fail     map[string]error                     // by word, or "image" for resolving: what goes wrong
+	block    map[string]chan struct{}             // by word: unpacking waits for it, or for the end of its context
+	opened   map[string]int                       // by word
+	siblings map[digest.Digest][]registry.Sibling // by manifest
+	search   chan struct{}                        // if not nil: a search for siblings waits for it, or for the end of its context
+	searches int
 	resolved int
 	started  chan string // if not nil, receives the word of a layer when its unpacking begins
 	running  int
@@ -50,7 +53,8 @@ type fake struct {
 func newFake() *fake {
 	return &fake{
 		images: map[string]*registry.Image{}, words: map[digest.Digest]string{}, implicit: map[string][]string{},
-		fail: map[string]error{}, block: map[string]chan struct{}{}, opened: map[string]int{},
+		siblings: map[digest.Digest][]registry.Sibling{},
+		fail:     map[string]error{}, block: map[string]chan struct{}{}, opened: map[string]int{},
 	}
 }
 
@@ -81,6 +85,34 @@ func (f *fake) Image(_ context.Context, ref string, dgst digest.Digest) (*regist
 	return img, nil
 }
 
+// accelerate attaches siblings of all the image's layers. The word of a sibling is "word@encoding".
+func (f *fake) accelerate(img *registry.Image, encoding string) {
+	for _, l := range img.Layers {
+		word := f.words[l.Digest] + "@" + encoding
+		s := registry.Sibling{
+			Layer:    registry.Layer{Digest: digest.FromString("blob " + word), DiffID: l.DiffID, Size: l.Size / 2},
+			Original: l.Digest, Encoding: encoding, Bytes: l.Size * 3, FrameBytes: layer.FrameBytes,
+		}
+		f.words[s.Digest] = word
+		f.siblings[img.Digest] = append(f.siblings[img.Digest], s)
+	}
+}
+
+func (f *fake) Siblings(ctx context.Context, _ string, manifest digest.Digest) ([]registry.Sibling, error) {
+	f.mu.Lock()
+	f.searches++
+	found, search, err := f.siblings[manifest], f.search, f.fail["siblings"]
+	f.mu.Unlock()
+	if search != nil {
+		select {
+		case <-search:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return found, err
+}
+
 func (f *fake) Open(_ context.Context, _ string, l registry.Layer) (io.ReadCloser, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -101,7 +133,11 @@ func (f *fake) Unpack(ctx context.Context, src io.Reader, spec layer.Spec, dir s
 		f.mu.Unlock()
 	}()
 	start := time.Now()
-	if err := os.WriteFile(filepath.Join(dir, word), []byte(word), 0o644); err != nil {
+	original, _, sibling := strings.Cut(word, "@")
+	if sibling != spec.Indexed {
+		return nil, fmt.Errorf("%s: its index is asked for: %v", word, spec.Indexed)
+	}
+	if err := os.WriteFile(filepath.Join(dir, original), []byte(original), 0o644); err != nil {
 		return nil, err
 	}
 	for _, d := range implicit {

@@ -26,7 +26,8 @@ var (
 // job fetches and unpacks one layer. It is alive for as long as someone waits for it; its tree is pinned as long as it is alive.
 type job struct {
 	layer  registry.Layer
-	ref    string // of the image to fetch it for; any image that has the layer will do
+	ref    string  // of the image to fetch it for; any image that has the layer will do
+	search *search // for the image's siblings
 	cancel context.CancelCauseFunc
 	done   chan struct{}
 	unpin  func()
@@ -58,7 +59,7 @@ func (s *jobs) work(ctx context.Context, j *job) {
 	defer s.slots.release()
 	s.metrics.jobsRunning.Inc()
 	defer s.metrics.jobsRunning.Dec()
-	staged, err := s.produce(ctx, j)
+	staged, err := s.attempt(ctx, j)
 	if err == nil && len(j.result.ImplicitDirs) > 0 {
 		j.staged = staged
 		return
@@ -78,21 +79,29 @@ func (s *jobs) work(ctx context.Context, j *job) {
 }
 
 // produce makes the layer's tree in a staging directory, durable. If it fails the directory is the caller's to remove.
-func (s *jobs) produce(ctx context.Context, j *job) (staged string, err error) {
+func (s *jobs) produce(ctx context.Context, j *job, from offer) (staged string, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	src := from.open
+	if src == nil {
+		if src, err = s.cfg.Registry.Open(ctx, j.ref, from.layer); err != nil {
+			return "", fmt.Errorf("fetch layer %s: %w", from.layer.Digest, err)
+		}
+	}
+	watched := newWatchedReader(&linkReader{src, s.siblings.measure.link(j.ref)}, s.cfg.StallTimeout, func() { cancel(errStalled) })
+	defer watched.Close()
 	staged, err = s.trees.stage()
 	if err != nil {
 		return staged, err
 	}
-	src, err := s.cfg.Registry.Open(ctx, j.ref, j.layer)
-	if err != nil {
-		return staged, fmt.Errorf("fetch layer %s: %w", j.layer.Digest, err)
-	}
-	watched := newWatchedReader(src, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
-	spec := layer.Spec{Digest: j.layer.Digest, DiffID: j.layer.DiffID, Size: j.layer.Size, MediaType: j.layer.MediaType}
+	spec := layer.Spec{Digest: from.layer.Digest, DiffID: j.layer.DiffID, Size: from.layer.Size, MediaType: from.layer.MediaType, Indexed: from.sibling}
 	res, err := s.cfg.Layers.Unpack(ctx, watched, spec, filepath.Join(staged, "fs"))
 	_ = watched.Close() // everything read is verified by now
+	if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(err, layer.ErrCorrupt) {
+		return staged, cause
+	}
 	if err != nil {
-		return staged, sizeFault(j.layer, err)
+		return staged, sizeFault(from.layer, err)
 	}
 	j.result, j.info = res, treeInfo{Bytes: res.Bytes, Inodes: res.Inodes + 1}
 	if err := s.trees.describe(staged, j.info); err != nil {

@@ -14,6 +14,8 @@ type metrics struct {
 	prepares       *prometheus.CounterVec
 	prepareSeconds *prometheus.HistogramVec
 	fallbacks      *prometheus.CounterVec
+	layers         *prometheus.CounterVec
+	siblingFaults  *prometheus.CounterVec
 	jobsRunning    prometheus.Gauge
 	layersBytes    prometheus.Gauge
 }
@@ -30,6 +32,13 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		fallbacks: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hearth_snapshotter_fallbacks_total", Help: "Layers that were left to containerd, by reason.",
 		}, []string{"reason"}),
+		layers: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_snapshotter_layers_total", Help: "Layers that were brought, by where from: original, or a sibling's encoding.",
+		}, []string{"source"}),
+		siblingFaults: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_snapshotter_sibling_faults_total",
+			Help: "Siblings that could not be used, so that the original was: search, corrupt, not_found, unauthorized, stalled or other.",
+		}, []string{"reason"}),
 		jobsRunning: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "hearth_snapshotter_jobs_running", Help: "Layers being fetched and unpacked.",
 		}),
@@ -40,7 +49,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.prepares, m.prepareSeconds, m.fallbacks, m.jobsRunning, m.layersBytes} {
+	for _, c := range []prometheus.Collector{m.prepares, m.prepareSeconds, m.fallbacks, m.layers, m.siblingFaults, m.jobsRunning, m.layersBytes} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}

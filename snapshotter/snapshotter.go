@@ -27,6 +27,7 @@ type Snapshotter struct {
 	ms       *storage.MetaStore
 	trees    *trees
 	syncer   *syncer
+	siblings *siblings
 	jobs     *jobs
 	sessions *sessions
 	sources  *sources
@@ -61,11 +62,12 @@ func New(cfg Config) (*Snapshotter, error) {
 	if err := s.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open snapshotter %s: %w", cfg.Root, err), s.release())
 	}
-	s.jobs = newJobs(cfg, s.trees, s.syncer, m)
+	s.siblings = newSiblings(cfg, m)
+	s.jobs = newJobs(cfg, s.trees, s.syncer, s.siblings, m)
 	s.traces = &traces{by: map[string]*trace{}}
 	s.sources = &sources{by: map[digest.Digest]source{}}
 	s.sessions = &sessions{
-		cfg: cfg, jobs: s.jobs, trees: s.trees, traces: s.traces, sources: s.sources,
+		cfg: cfg, jobs: s.jobs, siblings: s.siblings, trees: s.trees, traces: s.traces, sources: s.sources,
 		idle: s.sweepQuietly, live: map[sessionKey]*session{},
 	}
 	s.deleting.Go(func() {
@@ -112,6 +114,7 @@ func (s *Snapshotter) Close() error { return s.close() }
 func (s *Snapshotter) shut() error {
 	s.jobs.close()
 	s.sessions.shut()
+	s.siblings.close()
 	s.deleting.Wait()
 	return s.release()
 }
