@@ -4,9 +4,11 @@ import (
 	"archive/tar"
 	"bytes"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -70,9 +72,16 @@ func BenchmarkUnpack(b *testing.B) {
 			break
 		}
 	}
+	forms := map[string][]byte{}
 	for _, format := range []layer.Format{layer.Tar, layer.LZ4, layer.Zstd, layer.Gzip} {
-		blob := compress(b, format, tarball)
-		b.Run(format.String(), func(b *testing.B) {
+		forms[format.String()] = compress(b, format, tarball)
+	}
+	for _, e := range encodings {
+		forms[string(e)+"-sibling"] = encode(b, e, tarball)
+	}
+	for _, name := range slices.Sorted(maps.Keys(forms)) {
+		blob := forms[name]
+		b.Run(name, func(b *testing.B) {
 			b.SetBytes(int64(len(tarball)))
 			u := newUnpacker(b, layer.Config{})
 			spec := specOf(blob, tarball)

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"math/rand/v2"
 	"os"
 	"runtime"
@@ -75,7 +74,7 @@ func mixed(n int) []byte {
 
 func TestEncoder(t *testing.T) {
 	for _, e := range encodings {
-		for _, n := range []int{1, 511, layer.FrameBytes - 1, layer.FrameBytes, layer.FrameBytes + 1, 5*layer.FrameBytes + 77, 20 * layer.FrameBytes} {
+		for _, n := range []int{1, 511, layer.FrameBytes - 1, layer.FrameBytes, layer.FrameBytes + 1, 3*layer.FrameBytes + 77} {
 			data := mixed(n)
 			blob := encode(t, e, data)
 			if !bytes.Equal(decodeElsewhere(t, e, blob), data) {
@@ -101,7 +100,7 @@ func TestEncoder(t *testing.T) {
 // TestEncoderFails has a writer that fails at some byte, and an Encoder that is given up.
 func TestEncoderFails(t *testing.T) {
 	errFull := errors.New("full")
-	data := mixed(6 * layer.FrameBytes)
+	data := mixed(4 * layer.FrameBytes)
 	routines := runtime.NumGoroutine()
 	for _, at := range []int{0, 1, 70_000, 300_000} {
 		w, err := layer.NewEncoder(&failingWriter{left: at, err: errFull}, layer.EncodingLZ4)
@@ -157,13 +156,10 @@ func TestDecompress(t *testing.T) {
 	}
 }
 
-// TestForeignFrames unpacks frames that are not our Encoder's: with and without a size, small, large, with checksums.
+// TestForeignFrames decompresses frames that are not our Encoder's: with and without a size, small, large, with checksums.
 func TestForeignFrames(t *testing.T) {
-	tarball := makeTar(t, file("noise", string(mixed(4<<20))), file("text", strings.Repeat("some text ", 300_000)))
-	want := t.TempDir()
-	if _, err := unpackTar(t, tarball, want); err != nil {
-		t.Fatal(err)
-	}
+	tarball := makeTar(t, file("noise", string(mixed(2<<20))), file("text", strings.Repeat("some text ", 200_000)))
+	u := newUnpacker(t, layer.Config{MemoryBytes: 4 << 20}) // next to nothing: a block that is held too long stops it
 	zstdAll := func(size int, opts ...zstd.EOption) []byte {
 		z, err := zstd.NewWriter(nil, opts...)
 		if err != nil {
@@ -220,18 +216,15 @@ func TestForeignFrames(t *testing.T) {
 	for name, blob := range blobs {
 		t.Run(name, func(t *testing.T) {
 			for _, src := range []io.Reader{bytes.NewReader(blob), iotest.HalfReader(bytes.NewReader(blob))} {
-				into := shm(t)
-				if _, err := newUnpacker(t, layer.Config{MemoryBytes: 4 << 20}).Unpack(t.Context(), src, specOf(blob, tarball), into); err != nil {
-					t.Fatal(err)
-				}
-				if !maps.Equal(describe(t, want, none), describe(t, into, none)) {
-					t.Error("the tree differs from the plain tar's")
+				var out bytes.Buffer
+				if _, err := u.Decompress(t.Context(), src, specOf(blob, tarball), &out); err != nil || !bytes.Equal(out.Bytes(), tarball) {
+					t.Fatalf("decompressed %d bytes of %d, error %v", out.Len(), len(tarball), err)
 				}
 			}
-			for _, cut := range []int{1, 2, 3, 5, len(blob) / 3, len(blob) - 1} {
+			for _, cut := range []int{1, 5, len(blob) / 3} {
 				short := blob[:len(blob)-cut]
-				if _, err := newUnpacker(t, layer.Config{}).Unpack(t.Context(), bytes.NewReader(short), specOf(short, tarball), shm(t)); err != nil && !errors.Is(err, layer.ErrCorrupt) {
-					t.Errorf("cut off by %d: %v", cut, err)
+				if _, err := u.Decompress(t.Context(), bytes.NewReader(short), specOf(short, tarball), io.Discard); !errors.Is(err, layer.ErrCorrupt) {
+					t.Errorf("cut off by %d: error %v", cut, err)
 				}
 			}
 		})
@@ -363,11 +356,14 @@ func BenchmarkFrames(b *testing.B) {
 				defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(cores))
 				u := newUnpacker(b, layer.Config{})
 				b.SetBytes(int64(len(tarball)))
+				cpu := -cpuTime(b)
 				for b.Loop() {
 					if err := u.DecodeOnly(b.Context(), bytes.NewReader(blob)); err != nil {
 						b.Fatal(err)
 					}
 				}
+				cpu += cpuTime(b)
+				b.ReportMetric(float64(len(tarball))*float64(b.N)/1e6/cpu.Seconds(), "MB/cpu-s")
 				b.ReportMetric(float64(len(blob))/float64(len(tarball)), "ratio")
 			})
 		}

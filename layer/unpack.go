@@ -51,7 +51,8 @@ type Config struct {
 	// Writers is how many files of a layer are written at the same time; default: the cores, from 2 to 8.
 	Writers int
 	// MemoryBytes bounds the blocks of all layers in flight together; default 64 MiB. A layer waits until its guaranteed share
-	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a window of at most 128 MiB for zstd.
+	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a mebibyte a core for
+	// frames of zstd and LZ4 that fit a block, a window of at most 128 MiB for larger ones of zstd.
 	MemoryBytes int64
 	Logger      *slog.Logger          // default: discard
 	Registerer  prometheus.Registerer // nil: no metrics

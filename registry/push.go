@@ -39,29 +39,31 @@ func (r *repository) exchange(ctx context.Context, at site, c call) (*http.Respo
 		if err != nil {
 			return nil, err
 		}
-		own := req.URL.Host == at.Host && req.URL.Scheme == at.Scheme
-		var gen *generation
-		if own {
-			if gen, err = at.auth.authorize(ctx, req); err != nil {
-				return nil, err
-			}
-		}
-		resp, err := r.do(at, req)
+		gen, err := at.sign(ctx, req)
 		if err != nil {
 			return nil, err
 		}
-		if resp.StatusCode/100 == 2 {
-			return resp, nil
+		resp, err := r.do(at, req)
+		if err != nil || resp.StatusCode/100 == 2 {
+			return resp, err
 		}
 		status := statusError(resp, time.Now())
 		resp.Body.Close()
-		if status.Code != http.StatusUnauthorized || status.redirected || !own || challenges == maxChallenges {
+		if status.Code != http.StatusUnauthorized || status.redirected || gen == nil || challenges == maxChallenges {
 			return nil, status
 		}
 		if err := at.auth.challenge(ctx, gen, resp); err != nil {
 			return nil, fmt.Errorf("%w: %w", status, err)
 		}
 	}
+}
+
+// sign adds what is known to a request, if it goes to the host itself; otherwise there is no generation.
+func (at site) sign(ctx context.Context, req *http.Request) (*generation, error) {
+	if req.URL.Host != at.Host || req.URL.Scheme != at.Scheme {
+		return nil, nil
+	}
+	return at.auth.authorize(ctx, req)
 }
 
 func (r *repository) compose(ctx context.Context, at site, c call) (*http.Request, error) {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 
 	"github.com/opencontainers/go-digest"
@@ -19,6 +20,9 @@ const (
 	siblingType = "application/vnd.hearth.accelerated.v1+json"
 	// siblingLayerType is what an encoding is added to; zstd has OCI's own.
 	siblingLayerType = "application/vnd.hearth.layer.v1.tar+"
+
+	// maxSiblings bounds those of an image; an image rarely has more than a hundred layers.
+	maxSiblings = 512
 
 	annotationEncoding = "dev.hearth.encoding"
 	annotationOriginal = "dev.hearth.layer.digest"
@@ -70,7 +74,7 @@ func (r *repository) siblings(ctx context.Context, manifest digest.Digest) ([]Si
 		found = append(found, parseSiblings(data, manifest)...)
 	}
 	if len(found) > 0 {
-		return found, nil
+		return slices.Clip(found[:min(len(found), maxSiblings)]), nil
 	}
 	return nil, errors.Join(faults...)
 }

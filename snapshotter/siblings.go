@@ -25,7 +25,7 @@ const (
 	foundHold   = 10 * time.Minute
 	nothingHold = time.Minute
 	// maxSearches bounds the images whose siblings are remembered, and the siblings that are known not to be usable.
-	maxSearches = 1024
+	maxSearches = 256
 )
 
 // siblings finds layers in other encodings that were attached to an image, and chooses among them. They are never more than an
