@@ -4,9 +4,11 @@ import (
 	"archive/tar"
 	"bytes"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -70,10 +72,17 @@ func BenchmarkUnpack(b *testing.B) {
 			break
 		}
 	}
+	blobs := map[string][]byte{}
 	for _, format := range []layer.Format{layer.Tar, layer.LZ4, layer.Zstd, layer.Gzip} {
-		blob := compress(b, format, tarball)
+		blobs[format.String()] = compress(b, format, tarball)
+	}
+	for _, e := range encodings {
+		blobs[string(e)+"-sibling"] = encode(b, e, tarball)
+	}
+	for _, name := range slices.Sorted(maps.Keys(blobs)) {
+		blob := blobs[name]
 		for form, unpack := range forms {
-			b.Run(format.String()+"/"+form, func(b *testing.B) {
+			b.Run(name+"/"+form, func(b *testing.B) {
 				b.SetBytes(int64(len(tarball)))
 				u := newUnpacker(b, layer.Config{})
 				spec := specOf(blob, tarball)

@@ -3,7 +3,6 @@ package layer
 import (
 	"bufio"
 	"encoding/binary"
-	"fmt"
 	"io"
 
 	"github.com/klauspost/compress/zstd"
@@ -57,44 +56,31 @@ func sniff(head []byte) format {
 	return formatTar
 }
 
-// decoder decompresses a blob.
-type decoder interface {
-	// decode fills the block's memory behind the window, at least blockSize of it unless the end is near, and says how much.
-	// At the end it gives io.EOF.
-	decode(b *block) (int, error)
-	close()
-}
-
-func newDecoder(f format, src *blockReader) (decoder, error) {
-	switch f {
-	case formatGzip:
-		return newGzipDecoder(src)
-	case formatZstd:
-		// One goroutine: within one frame more of them gain nothing.
-		d, err := zstd.NewReader(src, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
-		if err != nil {
-			return nil, err
-		}
-		return &readerDecoder{r: d, end: d.Close}, nil
-	case formatLZ4:
-		d := lz4.NewReader(bufio.NewReaderSize(src, 64<<10))
-		if err := d.Apply(lz4.ConcurrencyOption(1)); err != nil {
-			return nil, err
-		}
-		return &readerDecoder{r: d, end: func() { d.Reset(nil) }}, nil
-	default:
-		return nil, fmt.Errorf("no decoder for %s", f)
-	}
-}
-
-// readerDecoder makes a decoder of another package one of ours.
-type readerDecoder struct {
+// streamDecoder decodes what cannot be cut into units.
+type streamDecoder struct {
 	r    io.Reader
 	end  func()
 	done bool
 }
 
-func (d *readerDecoder) decode(b *block) (int, error) {
+func newStreamDecoder(f format, src io.Reader) (*streamDecoder, error) {
+	if f == formatLZ4 {
+		d := lz4.NewReader(bufio.NewReaderSize(src, 64<<10))
+		if err := d.Apply(lz4.ConcurrencyOption(1)); err != nil {
+			return nil, err
+		}
+		return &streamDecoder{r: d, end: func() { d.Reset(nil) }}, nil
+	}
+	// One goroutine: within one frame more of them gain nothing.
+	d, err := zstd.NewReader(src, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+	if err != nil {
+		return nil, err
+	}
+	return &streamDecoder{r: d, end: d.Close}, nil
+}
+
+// decode fills the block's memory behind the window, and says how much of it. At the end it gives io.EOF.
+func (d *streamDecoder) decode(b *block) (int, error) {
 	if d.done {
 		return 0, io.EOF
 	}
@@ -112,4 +98,4 @@ func (d *readerDecoder) decode(b *block) (int, error) {
 	return n, nil
 }
 
-func (d *readerDecoder) close() { d.end() }
+func (d *streamDecoder) close() { d.end() }

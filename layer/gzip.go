@@ -135,5 +135,3 @@ func (g *gzipDecoder) bytes(n int) ([]byte, error) {
 	}
 	return b, nil
 }
-
-func (g *gzipDecoder) close() {}

@@ -135,12 +135,14 @@ func (p *pipeline) decompress(ctx context.Context) error {
 }
 
 func (p *pipeline) decode(ctx context.Context, in *blockReader) error {
+	if p.format != formatGzip {
+		return p.decodeFrames(ctx, in)
+	}
 	c := &p.decompressClock
-	dec, err := newDecoder(p.format, in)
+	dec, err := newGzipDecoder(in)
 	if err != nil {
 		return p.corrupt(err, "%s stream", p.format)
 	}
-	defer dec.close()
 	for {
 		c.pause()
 		b, err := p.quota.output(ctx)
@@ -149,25 +151,31 @@ func (p *pipeline) decode(ctx context.Context, in *blockReader) error {
 			return err
 		}
 		n, err := dec.decode(b)
-		p.decompressed += int64(n)
-		switch {
-		case err == io.EOF:
+		if err == io.EOF {
 			b.release()
 			return nil
-		case err != nil:
-			return p.corrupt(err, "%s stream breaks after %d bytes of output", p.format, p.decompressed)
-		case n == 0:
-			b.release()
-			continue
 		}
-		if err := p.bounded(p.decompressed); err != nil {
-			return err
-		}
-		b.data = b.mem[window : window+n]
-		if err := p.fan(ctx, c, b, p.toDiffID, p.toParse); err != nil {
+		if err := p.emit(ctx, c, b, n, err); err != nil {
 			return err
 		}
 	}
+}
+
+// emit hands a decompressed block on, n bytes of it, or says why it cannot be.
+func (p *pipeline) emit(ctx context.Context, c *clock, b *block, n int, err error) error {
+	p.decompressed += int64(n)
+	if err != nil {
+		return p.corrupt(err, "%s stream breaks after %d bytes of output", p.format, p.decompressed)
+	}
+	if n == 0 {
+		b.release()
+		return nil
+	}
+	if err := p.bounded(p.decompressed); err != nil {
+		return err
+	}
+	b.data = b.mem[window : window+n]
+	return p.fan(ctx, c, b, p.toDiffID, p.toParse)
 }
 
 // passOn forwards the blocks of a blob that is a plain tar, uncopied. Unless the two digests are of different kinds they are

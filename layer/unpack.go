@@ -54,8 +54,9 @@ type Config struct {
 	// Writers is how many files of a layer are written at the same time; default: the cores, from 2 to 8.
 	Writers int
 	// MemoryBytes bounds the blocks of all layers in flight together; default 64 MiB. A layer waits until its guaranteed share
-	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a window of at most 128 MiB for zstd; and
-	// for images 1 MiB each, and their names, which all together may take as much again before one is an ErrNoImage.
+	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a mebibyte a core for frames of zstd and LZ4
+	// that fit a block, a window of at most 128 MiB for larger ones of zstd; and for images 1 MiB each, and their names, which all
+	// together may take as much again before one is an ErrNoImage.
 	MemoryBytes int64
 	Logger      *slog.Logger          // default: discard
 	Registerer  prometheus.Registerer // nil: no metrics
@@ -68,11 +69,23 @@ type Spec struct {
 	Size   int64         // of the blob; 0 if unknown
 	// MediaType is not looked at: the format is told from the bytes.
 	MediaType string
+	// Indexed says that the blob must be what Encoder writes: frames of FrameBytes and an index at the end that agrees with them.
+	Indexed bool
+}
+
+func (s Spec) validate() error {
+	for _, d := range []digest.Digest{s.Digest, s.DiffID} {
+		if err := d.Validate(); err != nil {
+			return fmt.Errorf("digest %q: %w", d, err)
+		}
+	}
+	return nil
 }
 
 // Result is what Unpack made.
 type Result struct {
 	CompressedBytes int64 // size of the blob
+	TarBytes        int64 // size of the tar
 	Bytes           int64 // allocated on disk
 	Inodes          int64 // made in the tree, the root not counted
 	// ImplicitDirs are the directories that had no entry of their own, parents before children, relative to the tree. They
@@ -85,11 +98,12 @@ type Result struct {
 
 // Unpacker unpacks layers. It is safe for concurrent use; all its layers share one budget of memory.
 type Unpacker struct {
-	limits  Limits
-	writers int
-	arena   *arena
-	log     *slog.Logger
-	metrics *metrics
+	limits   Limits
+	writers  int
+	arena    *arena
+	decoders chan *frameDecoder // those that are free
+	log      *slog.Logger
+	metrics  *metrics
 
 	names      atomic.Int64 // bytes of the names of images in the making
 	namesBytes int64        // as many as there may be
@@ -108,6 +122,10 @@ func New(cfg Config) (*Unpacker, error) {
 	if err != nil {
 		return nil, fmt.Errorf("register layer metrics: %w", err)
 	}
+	decoders := make(chan *frameDecoder, min(runtime.GOMAXPROCS(0), maxFrameDecoders))
+	for range cap(decoders) {
+		decoders <- &frameDecoder{}
+	}
 	return &Unpacker{
 		limits: Limits{
 			MaxBytes:   cmp.Or(cfg.Limits.MaxBytes, defaultMaxBytes),
@@ -117,6 +135,7 @@ func New(cfg Config) (*Unpacker, error) {
 		writers:    cmp.Or(cfg.Writers, min(max(runtime.GOMAXPROCS(0), 2), 8)),
 		arena:      newArena(memory),
 		namesBytes: memory,
+		decoders:   decoders,
 		log:        cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler)),
 		metrics:    m,
 	}, nil
@@ -152,10 +171,8 @@ func (u *Unpacker) into(ctx context.Context, src io.Reader, spec Spec, open func
 }
 
 func (u *Unpacker) unpack(ctx context.Context, src io.Reader, spec Spec, open func(*parser) (sink, error)) (*Result, error) {
-	for _, d := range []digest.Digest{spec.Digest, spec.DiffID} {
-		if err := d.Validate(); err != nil {
-			return nil, fmt.Errorf("digest %q: %w", d, err)
-		}
+	if err := spec.validate(); err != nil {
+		return nil, err
 	}
 	q, err := u.arena.open(ctx)
 	if err != nil {
@@ -192,6 +209,7 @@ func (u *Unpacker) unpack(ctx context.Context, src io.Reader, spec Spec, open fu
 	x.clock.stop()
 
 	res.Timings.Tar = x.clock.stage
+	res.TarBytes = p.decompressed
 	res.Timings.Fetch = p.fetchClock.stage
 	res.Timings.Decompress = p.decompressClock.stage
 	res.Timings.Digest, res.Timings.DiffID = blob.clock.stage, tar.clock.stage

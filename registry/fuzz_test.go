@@ -140,3 +140,20 @@ func FuzzChallenge(f *testing.F) {
 type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+func FuzzSiblings(f *testing.F) {
+	const d = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+	f.Add([]byte(`{"subject":{"digest":"` + d + `"},"annotations":{"dev.hearth.encoding":"zstd"},"layers":[{"digest":"` + d + `","size":1,"annotations":{` +
+		`"dev.hearth.layer.digest":"` + d + `","dev.hearth.layer.diffid":"` + d + `","dev.hearth.layer.bytes":"1","dev.hearth.layer.frame-bytes":"1"}}]}`))
+	f.Add([]byte(`{"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{"digest":"` + d + `","size":1,"artifactType":"` + siblingType + `"}]}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		for _, s := range parseSiblings(data, d) {
+			if s.Digest.Validate() != nil || s.DiffID.Validate() != nil || s.Original.Validate() != nil || s.Size <= 0 || s.Bytes <= 0 || s.FrameBytes <= 0 {
+				t.Fatalf("invalid sibling %+v", s)
+			}
+		}
+		if all, err := parseReferrers(data); err == nil && validateAll(all...) != nil {
+			t.Fatalf("invalid referrers %+v", all)
+		}
+	})
+}

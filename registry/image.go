@@ -23,9 +23,11 @@ const (
 // Image is a manifest for this node's platform: what to fetch, and what the
 // unpacked layers must hash to.
 type Image struct {
-	Ref    string        // as it was asked for
-	Digest digest.Digest // of the manifest, not of an index above it
-	Layers []Layer       // lowest first
+	Ref       string        // as it was asked for
+	Digest    digest.Digest // of the manifest, not of an index above it
+	MediaType string        // of the manifest
+	Size      int64         // of the manifest
+	Layers    []Layer       // lowest first
 }
 
 // Layer is a blob of an image. MediaType tells the compression, or is trusted no
@@ -77,7 +79,7 @@ func (c *Client) image(ctx context.Context, ref string, dgst digest.Digest) (*Im
 	if err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", m.digest, err)
 	}
-	return &Image{Ref: ref, Digest: m.digest, Layers: layers}, nil
+	return &Image{Ref: ref, Digest: m.digest, MediaType: m.mediaType, Size: m.size, Layers: layers}, nil
 }
 
 // manifest reads the document that tag or dgst names, and follows indexes down
@@ -94,7 +96,7 @@ func (r *repository) manifest(ctx context.Context, tag string, dgst digest.Diges
 			return nil, fmt.Errorf("manifest %s: %w", orDigest(want.Digest, tag), err)
 		}
 		if !doc.isIndex {
-			doc.digest = orDigest(want.Digest, digest.FromBytes(data).String())
+			doc.digest, doc.size = orDigest(want.Digest, digest.FromBytes(data).String()), int64(len(data))
 			return doc, nil
 		}
 		if want, err = choosePlatform(doc.index); err != nil {

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,11 +30,13 @@ const manifestTypes = ocispec.MediaTypeImageManifest + ", " + ocispec.MediaTypeI
 
 // manifest is either an index or an image manifest.
 type manifest struct {
-	digest  digest.Digest
-	isIndex bool
-	index   []ocispec.Descriptor // of an index
-	config  ocispec.Descriptor   // of an image
-	layers  []ocispec.Descriptor // of an image
+	digest    digest.Digest
+	mediaType string // of an image
+	size      int64
+	isIndex   bool
+	index     []ocispec.Descriptor // of an index
+	config    ocispec.Descriptor   // of an image
+	layers    []ocispec.Descriptor // of an image
 }
 
 // document is what a manifest or index may have in it.
@@ -89,7 +92,7 @@ func (d *document) asImage() (*manifest, error) {
 	if err := validateConfigType(d.Config.MediaType); err != nil {
 		return nil, err
 	}
-	m := &manifest{config: *d.Config, layers: d.Layers}
+	m := &manifest{mediaType: cmp.Or(d.MediaType, ocispec.MediaTypeImageManifest), config: *d.Config, layers: d.Layers}
 	return m, errors.Join(validateAll(m.config), validateAll(m.layers...))
 }
 

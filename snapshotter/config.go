@@ -20,6 +20,7 @@ import (
 type Registry interface {
 	Image(ctx context.Context, ref string, dgst digest.Digest) (*registry.Image, error)
 	Open(ctx context.Context, ref string, l registry.Layer) (io.ReadCloser, error)
+	Siblings(ctx context.Context, ref string, manifest digest.Digest) ([]registry.Sibling, error)
 }
 
 // Unpacker turns a layer's bytes into a tree, in one form or the other. *layer.Unpacker is one.

@@ -88,9 +88,12 @@ type fake struct {
 	extra    map[string][]tar.Header  // by word: more entries
 	noImage  map[string]error         // by word: what keeps it from being an image
 	unpacker *layer.Unpacker
-	fail     map[string]error         // by word, or "image" for resolving: what goes wrong
-	block    map[string]chan struct{} // by word: unpacking waits for it, or for the end of its context
-	opened   map[string]int           // by word
+	fail     map[string]error                     // by word, or "image" for resolving: what goes wrong
+	block    map[string]chan struct{}             // by word: unpacking waits for it, or for the end of its context
+	opened   map[string]int                       // by word
+	siblings map[digest.Digest][]registry.Sibling // by manifest
+	search   chan struct{}                        // if not nil: a search for siblings waits for it, or for the end of its context
+	searches int
 	resolved int
 	body     string      // of every blob
 	read     chan string // if not nil, receives the word of a layer when its blob is read
@@ -107,7 +110,8 @@ func newFake() *fake {
 	return &fake{
 		unpacker: unpacker, extra: map[string][]tar.Header{}, noImage: map[string]error{},
 		images: map[string]*registry.Image{}, words: map[digest.Digest]string{}, implicit: map[string][]string{},
-		fail: map[string]error{}, block: map[string]chan struct{}{}, opened: map[string]int{},
+		siblings: map[digest.Digest][]registry.Sibling{},
+		fail:     map[string]error{}, block: map[string]chan struct{}{}, opened: map[string]int{},
 	}
 }
 
@@ -136,6 +140,34 @@ func (f *fake) Image(_ context.Context, ref string, dgst digest.Digest) (*regist
 		return nil, registry.ErrNotFound
 	}
 	return img, nil
+}
+
+// accelerate attaches siblings of all the image's layers. The word of a sibling is "word@encoding".
+func (f *fake) accelerate(img *registry.Image, encoding string) {
+	for _, l := range img.Layers {
+		word := f.words[l.Digest] + "@" + encoding
+		s := registry.Sibling{
+			Layer:    registry.Layer{Digest: digest.FromString("blob " + word), DiffID: l.DiffID, Size: l.Size / 2},
+			Original: l.Digest, Encoding: encoding, Bytes: l.Size * 3, FrameBytes: layer.FrameBytes,
+		}
+		f.words[s.Digest] = word
+		f.siblings[img.Digest] = append(f.siblings[img.Digest], s)
+	}
+}
+
+func (f *fake) Siblings(ctx context.Context, _ string, manifest digest.Digest) ([]registry.Sibling, error) {
+	f.mu.Lock()
+	f.searches++
+	found, search, err := f.siblings[manifest], f.search, f.fail["siblings"]
+	f.mu.Unlock()
+	if search != nil {
+		select {
+		case <-search:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return found, err
 }
 
 func (f *fake) Open(_ context.Context, _ string, l registry.Layer) (io.ReadCloser, error) {
@@ -204,6 +236,9 @@ func (f *fake) unpack(ctx context.Context, src io.Reader, spec layer.Spec, into 
 		f.running--
 		f.mu.Unlock()
 	}()
+	if _, _, sibling := strings.Cut(word, "@"); sibling != spec.Indexed {
+		return nil, fmt.Errorf("%s: its index is asked for: %v", word, spec.Indexed)
+	}
 	res, err := into(tarball)
 	if err != nil {
 		return nil, err

@@ -27,7 +27,8 @@ var (
 // job fetches and unpacks one layer. It is alive for as long as someone waits for it; its tree is pinned as long as it is alive.
 type job struct {
 	layer  registry.Layer
-	ref    string // of the image to fetch it for; any image that has the layer will do
+	ref    string  // of the image to fetch it for; any image that has the layer will do
+	search *search // for the image's siblings
 	cancel context.CancelCauseFunc
 	done   chan struct{}
 	unpin  func()
@@ -70,7 +71,7 @@ func (s *jobs) work(ctx context.Context, j *job) {
 	defer release()
 	s.metrics.jobsRunning.Inc()
 	defer s.metrics.jobsRunning.Dec()
-	staged, err := s.produce(ctx, j)
+	staged, err := s.attempt(ctx, j)
 	s.metrics.job(j)
 	if err == nil && len(j.result.ImplicitDirs) > 0 {
 		j.staged = staged
@@ -91,18 +92,21 @@ func (s *jobs) work(ctx context.Context, j *job) {
 }
 
 // produce makes the layer's tree in a staging directory, durable. If it fails the directory is the caller's to remove.
-func (s *jobs) produce(ctx context.Context, j *job) (staged string, err error) {
-	staged, err = s.trees.stage()
-	if err != nil {
+func (s *jobs) produce(ctx context.Context, j *job, from offer) (staged string, err error) {
+	if staged, err = s.trees.stage(); err != nil {
+		if from.open != nil {
+			err = errors.Join(err, from.open.Close())
+		}
 		return staged, err
 	}
-	err = s.unpack(ctx, j, staged, s.cfg.Form)
+	err = s.unpack(ctx, j, from, staged, s.cfg.Form)
 	if errors.Is(err, layer.ErrNoImage) {
 		s.cfg.Logger.Info("layer is kept as a directory", "layer", j.layer.Digest, "reason", err)
 		if err := os.Remove(filepath.Join(staged, imageName)); err != nil {
 			return staged, err
 		}
-		err = s.unpack(ctx, j, staged, FormDirectory)
+		from.open = nil // it has been read
+		err = s.unpack(ctx, j, from, staged, FormDirectory)
 	}
 	if err != nil {
 		return staged, err
@@ -119,16 +123,22 @@ func (s *jobs) produce(ctx context.Context, j *job) (staged string, err error) {
 	return staged, err
 }
 
-// unpack fetches the layer into a staging directory.
-func (s *jobs) unpack(ctx context.Context, j *job, staged string, form Form) error {
-	src, err := s.cfg.Registry.Open(ctx, j.ref, j.layer)
-	if err != nil {
-		return fmt.Errorf("fetch layer %s: %w", j.layer.Digest, err)
+// unpack fetches a form of the layer into a staging directory.
+func (s *jobs) unpack(ctx context.Context, j *job, from offer, staged string, form Form) (err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	src := from.open
+	if src == nil {
+		if src, err = s.cfg.Registry.Open(ctx, j.ref, from.layer); err != nil {
+			return fmt.Errorf("fetch layer %s: %w", from.layer.Digest, err)
+		}
 	}
-	watched := newWatchedReader(&meteredReader{ReadCloser: src, sum: &j.fetched, space: s.space}, s.cfg.StallTimeout, func() { j.cancel(errStalled) })
+	metered := &meteredReader{ReadCloser: &linkReader{src, s.siblings.measure.link(j.ref)}, sum: &j.fetched, space: s.space}
+	watched := newWatchedReader(metered, s.cfg.StallTimeout, func() { cancel(errStalled) })
+	defer watched.Close()
 	kept := s.keep(ctx, j, watched)
 	defer kept.close()
-	spec := layer.Spec{Digest: j.layer.Digest, DiffID: j.layer.DiffID, Size: j.layer.Size, MediaType: j.layer.MediaType}
+	spec := layer.Spec{Digest: from.layer.Digest, DiffID: j.layer.DiffID, Size: from.layer.Size, MediaType: from.layer.MediaType, Indexed: from.sibling}
 	var res *layer.Result
 	if form == FormErofs {
 		res, err = s.cfg.Layers.UnpackImage(ctx, kept, spec, filepath.Join(staged, imageName))
@@ -136,8 +146,11 @@ func (s *jobs) unpack(ctx context.Context, j *job, staged string, form Form) err
 		res, err = s.cfg.Layers.Unpack(ctx, kept, spec, filepath.Join(staged, "fs"))
 	}
 	_ = watched.Close() // everything read is verified by now
+	if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(err, layer.ErrCorrupt) {
+		return cause
+	}
 	if err != nil {
-		return sizeFault(j.layer, err)
+		return sizeFault(from.layer, err)
 	}
 	kept.done(ctx)
 	j.result, j.info = res, treeInfo{Bytes: res.Bytes, Inodes: res.Inodes + 1}

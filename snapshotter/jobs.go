@@ -12,29 +12,30 @@ import (
 // jobs are the layers in the making, by diffID, and those whose makers have not let go of them yet. A layer that two images
 // share, in whatever encoding, is made once.
 type jobs struct {
-	cfg     Config
-	trees   *trees
-	syncer  *syncer
-	slots   *slots
-	space   *space
-	metrics *metrics
-	wg      sync.WaitGroup // the jobs' goroutines
+	cfg      Config
+	trees    *trees
+	syncer   *syncer
+	siblings *siblings
+	slots    *slots
+	space    *space
+	metrics  *metrics
+	wg       sync.WaitGroup // the jobs' goroutines
 
 	mu     sync.Mutex // guards live, closed, and the jobs' waiters and taken
 	live   map[digest.Digest]*job
 	closed bool
 }
 
-func newJobs(cfg Config, t *trees, s *syncer, sp *space, m *metrics) *jobs {
+func newJobs(cfg Config, t *trees, s *syncer, other *siblings, sp *space, m *metrics) *jobs {
 	return &jobs{
-		cfg: cfg, trees: t, syncer: s, space: sp, metrics: m,
+		cfg: cfg, trees: t, syncer: s, siblings: other, space: sp, metrics: m,
 		slots: &slots{free: cfg.Parallel}, live: map[digest.Digest]*job{},
 	}
 }
 
 // join waits for a layer together with others, or starts a job for it. The caller owes a leave. ctx lends the job its values, not
 // its end: a job ends when the last waiter has left.
-func (s *jobs) join(ctx context.Context, ref string, l registry.Layer) (*job, error) {
+func (s *jobs) join(ctx context.Context, ref string, l registry.Layer, found *search) (*job, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -43,7 +44,7 @@ func (s *jobs) join(ctx context.Context, ref string, l registry.Layer) (*job, er
 	j := s.live[l.DiffID]
 	if j == nil || j.failed() {
 		jctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
-		j = &job{layer: l, ref: ref, cancel: cancel, done: make(chan struct{}), unpin: func() {}}
+		j = &job{layer: l, ref: ref, search: found, cancel: cancel, done: make(chan struct{}), unpin: func() {}}
 		s.live[l.DiffID] = j
 		s.wg.Go(func() {
 			j.unpin = s.trees.pin(treeName(l.DiffID, ""))

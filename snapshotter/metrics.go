@@ -20,6 +20,8 @@ type metrics struct {
 	prepares       *prometheus.CounterVec
 	prepareSeconds *prometheus.HistogramVec
 	fallbacks      *prometheus.CounterVec
+	encodings      *prometheus.CounterVec
+	siblingFaults  *prometheus.CounterVec
 	jobsRunning    prometheus.Gauge
 	layersBytes    prometheus.Gauge
 	phaseSeconds   *prometheus.HistogramVec
@@ -39,6 +41,13 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		}, []string{"result"}),
 		fallbacks: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hearth_snapshotter_fallbacks_total", Help: "Layers that were left to containerd, by reason.",
+		}, []string{"reason"}),
+		encodings: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_snapshotter_layers_fetched_total", Help: "Layers that were fetched, by form: original, or a sibling's encoding.",
+		}, []string{"form"}),
+		siblingFaults: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_snapshotter_sibling_faults_total",
+			Help: "Siblings that could not be used, so that the original was: search, corrupt, not_found, unauthorized, stalled or other.",
 		}, []string{"reason"}),
 		jobsRunning: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "hearth_snapshotter_jobs_running", Help: "Layers being fetched and unpacked.",
@@ -68,7 +77,10 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.prepares, m.prepareSeconds, m.fallbacks, m.jobsRunning, m.layersBytes, m.phaseSeconds, m.phaseBytes, m.layers, m.pullSeconds} {
+	for _, c := range []prometheus.Collector{
+		m.prepares, m.prepareSeconds, m.fallbacks, m.encodings, m.siblingFaults, m.jobsRunning, m.layersBytes,
+		m.phaseSeconds, m.phaseBytes, m.layers, m.pullSeconds,
+	} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}

@@ -21,6 +21,7 @@ const failureHold = 10 * time.Second
 type session struct {
 	key    sessionKey
 	trace  *trace
+	search *search            // for siblings; of the image itself once it is resolved
 	cancel context.CancelFunc // of resolving
 
 	resolved chan struct{}
@@ -46,13 +47,14 @@ type sessionKey struct {
 
 // sessions are the images being pulled.
 type sessions struct {
-	cfg     Config
-	jobs    *jobs
-	trees   *trees
-	traces  *traces
-	sources *sources
-	idle    func(context.Context) // called after a session ended with layers that no one had asked for
-	wg      sync.WaitGroup
+	cfg      Config
+	jobs     *jobs
+	siblings *siblings
+	trees    *trees
+	traces   *traces
+	sources  *sources
+	idle     func(context.Context) // called after a session ended with layers that no one had asked for
+	wg       sync.WaitGroup
 
 	mu     sync.Mutex // guards live, closed, and what the sessions say of it
 	live   map[sessionKey]*session
@@ -79,6 +81,7 @@ func (s *sessions) open(ctx context.Context, key sessionKey) (*session, error) {
 	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.ResolveTimeout)
 	se := &session{
 		key: key, cancel: cancel, trace: s.traces.begin(key), preparing: 1,
+		search:   s.siblings.search(ctx, key.ref, key.manifest), // takes as long as resolving does
 		resolved: make(chan struct{}), jobs: map[digest.Digest]*job{},
 	}
 	s.live[key] = se
@@ -115,6 +118,9 @@ func (s *sessions) start(ctx context.Context, se *session) (err error) {
 	s.jobs.metrics.phase(phaseResolve, time.Since(begun))
 	if err != nil {
 		return err
+	}
+	if se.image.Digest != se.key.manifest { // that was an index
+		se.search = s.siblings.search(ctx, se.key.ref, se.image.Digest)
 	}
 	s.sources.add(se.key, se.image)
 	se.trace.describe(se.image)
@@ -164,7 +170,7 @@ func (s *sessions) job(ctx context.Context, se *session, l registry.Layer) (*job
 	if se.ended {
 		return nil, errClosed
 	}
-	j, err := s.jobs.join(ctx, se.key.ref, l)
+	j, err := s.jobs.join(ctx, se.key.ref, l, se.search)
 	if err != nil {
 		return nil, err
 	}

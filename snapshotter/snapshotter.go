@@ -28,6 +28,7 @@ type Snapshotter struct {
 	trees    *trees
 	syncer   *syncer
 	space    *space
+	siblings *siblings
 	jobs     *jobs
 	sessions *sessions
 	sources  *sources
@@ -63,11 +64,12 @@ func New(cfg Config) (*Snapshotter, error) {
 		return nil, errors.Join(fmt.Errorf("open snapshotter %s: %w", cfg.Root, err), s.release())
 	}
 	s.space = &space{root: cfg.Root, minFree: cfg.MinFreePercent, maxBytes: cfg.MaxBytes, trees: s.trees, sweep: s.Cleanup}
-	s.jobs = newJobs(s.cfg, s.trees, s.syncer, s.space, m)
+	s.siblings = newSiblings(s.cfg, m)
+	s.jobs = newJobs(s.cfg, s.trees, s.syncer, s.siblings, s.space, m)
 	s.traces = &traces{by: map[string]*trace{}}
 	s.sources = &sources{by: map[digest.Digest]source{}}
 	s.sessions = &sessions{
-		cfg: cfg, jobs: s.jobs, trees: s.trees, traces: s.traces, sources: s.sources,
+		cfg: cfg, jobs: s.jobs, siblings: s.siblings, trees: s.trees, traces: s.traces, sources: s.sources,
 		idle: s.sweepQuietly, live: map[sessionKey]*session{},
 	}
 	s.deleting.Go(func() {
@@ -121,6 +123,7 @@ func (s *Snapshotter) Close() error { return s.close() }
 func (s *Snapshotter) shut() error {
 	s.jobs.close()
 	s.sessions.shut()
+	s.siblings.close()
 	s.deleting.Wait()
 	return s.release()
 }

@@ -39,6 +39,10 @@ func (s *shop) Image(_ context.Context, ref string, _ digest.Digest) (*registry.
 	return s.images[ref], nil
 }
 
+func (s *shop) Siblings(context.Context, string, digest.Digest) ([]registry.Sibling, error) {
+	return nil, nil
+}
+
 func (s *shop) Open(_ context.Context, _ string, l registry.Layer) (io.ReadCloser, error) {
 	blob := s.blobs[l.Digest]
 	if s.half == nil {

@@ -11,5 +11,5 @@ func Exec(ctx context.Context, args []string, in io.Reader, out, errs io.Writer)
 	return a.execute(ctx)
 }
 
-// Bar draws a pull.
-var Bar = bar
+// PullBar draws a pull.
+var PullBar = pullBar

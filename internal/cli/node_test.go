@@ -78,12 +78,12 @@ func TestImages(t *testing.T) {
 
 func TestBar(t *testing.T) {
 	for want, m := range map[string]*hearthv1.PullImageResponse{
-		"[                              ] reading the manifest  2.0 s": {},
-		"[███████                       ] 5.0 MB of 20.0 MB  1 of 2 layers  2.5 MB/s  2.0 s": {BytesFetched: 5e6, BytesTotal: 20e6, Layers: []*hearthv1.LayerProgress{
+		"reading the manifest  2.0 s": {},
+		"1 of 2 layers  ███████░░░░░░░░░░░░░░░░░░░░░░░  5.0 MB of 20.0 MB  2.5 MB/s  2.0 s": {BytesFetched: 5e6, BytesTotal: 20e6, Layers: []*hearthv1.LayerProgress{
 			{State: hearthv1.LayerState_LAYER_STATE_PRESENT}, {State: hearthv1.LayerState_LAYER_STATE_FETCHING},
 		}},
 	} {
-		if got := cli.Bar(m, 2*time.Second); got != want {
+		if got := cli.PullBar(m, 2*time.Second); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}

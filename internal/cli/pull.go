@@ -4,23 +4,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
 	"github.com/hearth-serverless/hearth/internal/daemon"
 	"github.com/hearth-serverless/hearth/internal/stack"
 )
-
-// barCells is how wide a progress bar is.
-const barCells = 30
 
 func (a *app) images() hearthv1connect.ImageServiceClient {
 	return hearthv1connect.NewImageServiceClient(daemon.UnixClient(filepath.Join(a.run, stack.NodeSocket)), baseURL)
@@ -82,7 +77,7 @@ func (a *app) showBar(ref string) func(*hearthv1.PullImageResponse) error {
 	begun, terminal := time.Now(), isTerminal(a.err)
 	return func(m *hearthv1.PullImageResponse) error {
 		if terminal {
-			_, _ = fmt.Fprintf(a.err, "\r\x1b[K%s", bar(m, time.Since(begun)))
+			_, _ = fmt.Fprintf(a.err, "\r\x1b[K%s", pullBar(m, time.Since(begun)))
 		}
 		if m.GetId() == "" {
 			return nil
@@ -95,15 +90,6 @@ func (a *app) showBar(ref string) func(*hearthv1.PullImageResponse) error {
 	}
 }
 
-func isTerminal(w any) bool {
-	f, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
-}
-
 // settled counts the layers of which nothing more is to come, and all.
 func settled(m *hearthv1.PullImageResponse) (done, all int) {
 	for _, l := range m.GetLayers() {
@@ -114,22 +100,14 @@ func settled(m *hearthv1.PullImageResponse) (done, all int) {
 	return done, len(m.GetLayers())
 }
 
-// bar is a pull in one line of a terminal.
-func bar(m *hearthv1.PullImageResponse, elapsed time.Duration) string {
+// pullBar is a pull in one line of a terminal.
+func pullBar(m *hearthv1.PullImageResponse, elapsed time.Duration) string {
 	done, all := settled(m)
 	if all == 0 {
-		return fmt.Sprintf("[%s] reading the manifest  %.1f s", strings.Repeat(" ", barCells), elapsed.Seconds())
+		return fmt.Sprintf("reading the manifest  %.1f s", elapsed.Seconds())
 	}
-	cells := barCells
-	if total := m.GetBytesTotal(); total > 0 {
-		cells = min(barCells, int(barCells*m.GetBytesFetched()/total))
-	}
-	return fmt.Sprintf("[%s%s] %s of %s  %d of %s  %s  %.1f s", strings.Repeat("█", cells), strings.Repeat(" ", barCells-cells),
-		megabytes(m.GetBytesFetched()), megabytes(m.GetBytesTotal()), done, plural(all, "layer"), rate(m, elapsed), elapsed.Seconds())
-}
-
-func rate(m *hearthv1.PullImageResponse, elapsed time.Duration) string {
-	return megabytes(int64(float64(m.GetBytesFetched())/max(elapsed.Seconds(), 0.001))) + "/s"
+	line := bar(fmt.Sprintf("%d of %s", done, plural(all, "layer")), m.GetBytesFetched(), m.GetBytesTotal(), elapsed)
+	return fmt.Sprintf("%s  %.1f s", line, elapsed.Seconds())
 }
 
 // summary says how a pull went.
@@ -138,7 +116,7 @@ func summary(m *hearthv1.PullImageResponse, elapsed time.Duration) string {
 		return fmt.Sprintf("was there, %.1f s", elapsed.Seconds())
 	}
 	_, all := settled(m)
-	text := fmt.Sprintf("%s fetched for %s, %s, %.1f s", megabytes(m.GetBytesFetched()), plural(all, "layer"), rate(m, elapsed), elapsed.Seconds())
+	text := fmt.Sprintf("%s fetched for %s, %s, %.1f s", megabytes(m.GetBytesFetched()), plural(all, "layer"), rate(m.GetBytesFetched(), elapsed), elapsed.Seconds())
 	for _, l := range m.GetLayers() {
 		if l.GetState() == hearthv1.LayerState_LAYER_STATE_LEFT {
 			return text + "; layers were left to containerd, see the log of nodeagent and `hearth node doctor`"

@@ -111,7 +111,8 @@ func (a *app) root() *cobra.Command {
 	}
 	root.PersistentFlags().StringVar(&a.run, "run", stack.DefaultRun, "folder of the deployment's sockets")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddGroup(&cobra.Group{ID: "deployment", Title: "The deployment"}, &cobra.Group{ID: "functions", Title: "Functions"}, &cobra.Group{ID: "images", Title: "Images"})
+	root.AddGroup(&cobra.Group{ID: "deployment", Title: "The deployment"}, &cobra.Group{ID: "functions", Title: "Functions"},
+		&cobra.Group{ID: "images", Title: "Images"})
 	root.SetHelpCommandGroupID("deployment")
 	root.SetCompletionCommandGroupID("deployment")
 	for _, c := range []*cobra.Command{a.up(), a.down(), a.status(), a.nodeCommands(), a.version()} {
