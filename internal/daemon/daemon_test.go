@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -149,21 +150,28 @@ func TestReadinessFollows(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var r daemon.Readiness
-		asked, fault := 0, errors.New("not yet")
+		var asked atomic.Int32
+		var well atomic.Bool
 		done := make(chan error, 1)
 		go func() {
-			done <- r.Follow(ctx, "it", func(context.Context) error { asked++; return fault })
+			done <- r.Follow(ctx, "it", func(context.Context) error {
+				asked.Add(1)
+				if !well.Load() {
+					return errors.New("not yet")
+				}
+				return nil
+			})
 		}()
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if err := r.Err(); err == nil || asked < 15 {
-			t.Errorf("%v after %d questions", err, asked)
+		if err := r.Err(); err == nil || asked.Load() < 15 {
+			t.Errorf("%v after %d questions", err, asked.Load())
 		}
-		fault = nil
+		well.Store(true)
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		if err := r.Err(); err != nil || asked > 40 {
-			t.Errorf("%v after %d questions", err, asked)
+		if err := r.Err(); err != nil || asked.Load() > 40 {
+			t.Errorf("%v after %d questions", err, asked.Load())
 		}
 		cancel()
 		if err := <-done; err != nil {
