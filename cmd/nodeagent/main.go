@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 
 	"connectrpc.com/connect"
@@ -21,6 +22,7 @@ import (
 	"github.com/hearth-serverless/hearth/internal/images"
 	"github.com/hearth-serverless/hearth/internal/keychain"
 	"github.com/hearth-serverless/hearth/layer"
+	"github.com/hearth-serverless/hearth/prefetch"
 	"github.com/hearth-serverless/hearth/registry"
 	"github.com/hearth-serverless/hearth/snapshotter"
 )
@@ -73,9 +75,13 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	if err != nil {
 		return err
 	}
+	ahead, err := prefetch.New(prefetch.Config{Root: filepath.Join(o.root, "profiles"), Logger: rt.Log, Registerer: rt.Registry})
+	if err != nil {
+		return errors.Join(err, snaps.Close())
+	}
 	config := instance.Config{
 		Node: o.node, Root: o.root, Address: o.containerd, CgroupParent: o.cgroup,
-		Credentials: blobs.Credentials,
+		Credentials: blobs.Credentials, Prefetch: ahead,
 		Phases:      func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) },
 		Logger:      rt.Log, Registerer: rt.Registry,
 	}
