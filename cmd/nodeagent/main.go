@@ -82,8 +82,8 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	config := instance.Config{
 		Node: o.node, Root: o.root, Address: o.containerd, CgroupParent: o.cgroup,
 		Credentials: blobs.Credentials, Prefetch: ahead,
-		Phases:      func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) },
-		Logger:      rt.Log, Registerer: rt.Registry,
+		Phases: func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) },
+		Logger: rt.Log, Registerer: rt.Registry,
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	if listens, err := bpf.NewListenWatcher(rt.Log); err != nil {
