@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -163,7 +164,11 @@ func fill(t *testing.T, root string, leave int64) (empty func()) {
 	if err := unix.Statfs(root, &st); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, max(4096, int64(st.Bavail)*st.Bsize-leave)); err != nil {
+	size := max(4096, int64(st.Bavail)*st.Bsize-leave)
+	for err = unix.ENOSPC; errors.Is(err, unix.ENOSPC) && size > 0; size -= 64 << 10 { // ext4 takes some blocks for itself
+		err = unix.Fallocate(int(f.Fd()), 0, 0, size)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	return func() {
