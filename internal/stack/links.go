@@ -2,6 +2,7 @@ package stack
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -9,12 +10,22 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
+// whole asks the kernel for a list again while it changes under the listing, as it does where other deployments come and go.
+func whole[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 100 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return all, err
+		}
+	}
+	return all, err
+}
+
 // linksIn lists the virtual Ethernet links of this namespace with an address in the subnet: the host's ends of Instances.
 func linksIn(subnet netip.Prefix) ([]netlink.Link, error) {
 	if !subnet.IsValid() {
 		return nil, nil
 	}
-	links, err := netlink.LinkList()
+	links, err := whole(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
@@ -23,7 +34,7 @@ func linksIn(subnet netip.Prefix) ([]netlink.Link, error) {
 		if link.Type() != "veth" {
 			continue
 		}
-		addresses, err := netlink.AddrList(link, netlink.FAMILY_V4)
+		addresses, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_V4) })
 		if err != nil {
 			continue // it is gone meanwhile
 		}
