@@ -117,7 +117,7 @@ func newFake() *fake {
 
 // image adds an image made of words; "word~2" is another encoding of the layer word.
 func (f *fake) image(ref string, words ...string) *registry.Image {
-	img := &registry.Image{Ref: ref, Digest: digest.FromString("manifest " + ref)}
+	img := &registry.Image{Ref: ref, Digest: digest.FromString("manifest " + ref + strings.Join(words, " "))}
 	for i, w := range words {
 		word, _, _ := strings.Cut(w, "~")
 		l := registry.Layer{Digest: digest.FromString("blob " + w), DiffID: digest.FromString("tar " + word), Size: int64(100 + i)}
@@ -136,7 +136,7 @@ func (f *fake) Image(_ context.Context, ref string, dgst digest.Digest) (*regist
 		return nil, err
 	}
 	img := f.images[ref]
-	if img == nil || img.Digest != dgst {
+	if img == nil || dgst != "" && img.Digest != dgst {
 		return nil, registry.ErrNotFound
 	}
 	return img, nil

@@ -91,6 +91,7 @@ func (r *layerRecord) progress() LayerProgress {
 func (t *trace) describe(img *registry.Image) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.key.manifest = cmp.Or(t.key.manifest, img.Digest)
 	for _, l := range img.Layers {
 		t.layers = append(t.layers, layerRecord{layer: l})
 	}

@@ -36,6 +36,9 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, r request) error {
 	s.sources.complete(r.target)
 	image := sessionKey{ref: r.image, manifest: r.manifest}
 	se := s.sessions.enter(image)
+	if se == nil {
+		se = s.sessions.enterFetched(r.target)
+	}
 	if se != nil {
 		defer func() { s.sessions.close(ctx, se) }()
 	}

@@ -1,8 +1,11 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -42,7 +45,7 @@ type session struct {
 
 type sessionKey struct {
 	ref      string
-	manifest digest.Digest
+	manifest digest.Digest // what containerd resolved it to; empty for one that Fetch began
 }
 
 // sessions are the images being pulled.
@@ -81,12 +84,35 @@ func (s *sessions) open(ctx context.Context, key sessionKey) (*session, error) {
 	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.ResolveTimeout)
 	se := &session{
 		key: key, cancel: cancel, trace: s.traces.begin(key), preparing: 1,
-		search:   s.siblings.search(ctx, key.ref, key.manifest), // takes as long as resolving does
 		resolved: make(chan struct{}), jobs: map[digest.Digest]*job{},
+	}
+	if key.manifest != "" {
+		se.search = s.siblings.search(ctx, key.ref, key.manifest) // takes as long as resolving does
 	}
 	s.live[key] = se
 	s.wg.Go(func() { s.resolve(rctx, se) })
 	return se, nil
+}
+
+// enterFetched joins the session in which Fetch brings the image of a target, if there is one that has its layer.
+func (s *sessions) enterFetched(t *target) *session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	se := s.live[sessionKey{ref: t.image}]
+	if se == nil || !se.isResolved() || se.err != nil {
+		return nil
+	}
+	if _, err := se.find(t); err != nil {
+		return nil
+	}
+	return s.join(se)
+}
+
+// held are the jobs of a session.
+func (s *sessions) held(se *session) []*job {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(se.jobs))
 }
 
 // join counts the caller in, unless the session's failure is too old to go by. s.mu is held.
@@ -122,7 +148,7 @@ func (s *sessions) start(ctx context.Context, se *session) (err error) {
 	if se.image.Digest != se.key.manifest { // that was an index
 		se.search = s.siblings.search(ctx, se.key.ref, se.image.Digest)
 	}
-	s.sources.add(se.key, se.image)
+	s.sources.add(sessionKey{ref: se.key.ref, manifest: cmp.Or(se.key.manifest, se.image.Digest)}, se.image)
 	se.trace.describe(se.image)
 	diffIDs := make([]digest.Digest, len(se.image.Layers))
 	for i, l := range se.image.Layers {

@@ -1,0 +1,72 @@
+package snapshotter_test
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/hearth-serverless/hearth/layer"
+)
+
+// TestFetch brings an image before it is pulled: no Prepare has anything to wait for, and nothing is fetched or resolved twice.
+func TestFetch(t *testing.T) {
+	f := newFake()
+	s := start(t, f)
+	img := f.image("registry.example/a:1", "base", "lib", "app")
+	if err := s.Fetch(t.Context(), "registry.example/a:1"); err != nil {
+		t.Fatal(err)
+	}
+	for _, word := range []string{"base", "lib", "app"} {
+		f.fail[word] = errors.New("nobody may ask for it again")
+	}
+	top := pull{s: s, img: img}.all(t)
+	if diff := cmp.Diff([]string{"app", "base", "lib"}, files(t, s, top)); diff != "" {
+		t.Error(diff)
+	}
+	if f.resolved != 1 || f.count("base") != 1 || f.count("lib") != 1 || f.count("app") != 1 {
+		t.Errorf("resolved %d times, fetched %d, %d, %d times", f.resolved, f.count("base"), f.count("lib"), f.count("app"))
+	}
+	if p, ok := s.Pull("registry.example/a:1"); !ok || !p.Ended || p.Manifest != img.Digest || len(p.Layers) != 3 {
+		t.Errorf("the pull is told as %+v", p)
+	}
+}
+
+// TestFetchOfAnother has the tag moved between Fetch and the pull, which gets what it asks for.
+func TestFetchOfAnother(t *testing.T) {
+	f := newFake()
+	s := start(t, f)
+	f.image("registry.example/a:1", "base", "old")
+	if err := s.Fetch(t.Context(), "registry.example/a:1"); err != nil {
+		t.Fatal(err)
+	}
+	top := pull{s: s, img: f.image("registry.example/a:1", "base", "new")}.all(t)
+	if diff := cmp.Diff([]string{"base", "new"}, files(t, s, top)); diff != "" {
+		t.Error(diff)
+	}
+	if f.count("base") != 1 {
+		t.Errorf("the layer that both have was fetched %d times", f.count("base"))
+	}
+}
+
+// TestFetchFails has what Fetch meets come up again in the pull.
+func TestFetchFails(t *testing.T) {
+	f := newFake()
+	s := start(t, f)
+	img := f.image("registry.example/a:1", "base", "app")
+	f.fail["app"] = &layer.CorruptError{Layer: img.Layers[1].Digest, Reason: "made up"}
+	if err := s.Fetch(t.Context(), "registry.example/a:1"); !errors.Is(err, layer.ErrCorrupt) {
+		t.Errorf("Fetch: %v", err)
+	}
+	p := pull{s: s, img: img}
+	base, _, err := p.prepare(t.Context(), 0, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := p.prepare(t.Context(), 1, base); !errors.Is(err, layer.ErrCorrupt) {
+		t.Errorf("Prepare: %v", err)
+	}
+	if err := s.Fetch(t.Context(), "not a reference"); err == nil {
+		t.Error("a malformed reference was fetched")
+	}
+}
