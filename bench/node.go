@@ -16,12 +16,15 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/hearth-serverless/hearth/internal/stack"
 )
 
 // node is a containerd that images are pulled into, with whoever is its snapshotter.
 type node struct {
 	tools, dir, socket, snapshotter string
 	conn                            *grpc.ClientConn
+	images                          *grpc.ClientConn // where a kubelet asks for images: containerd, or who stands before it
 	stop                            func() error
 	// processes as they are now: the one that does the work, which is containerd if it has no helper, and then the others.
 	processes func() ([]int, error)
@@ -40,6 +43,9 @@ func startNode(ctx context.Context, o *Options, dir, system, registry string) (*
 	if n.conn, err = grpc.NewClient("unix://"+n.socket, grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to containerd: %w", err), n.stop())
 	}
+	if n.images == nil {
+		n.images = n.conn
+	}
 	if err := n.ready(ctx); err != nil {
 		return nil, errors.Join(err, n.close())
 	}
@@ -50,13 +56,19 @@ func startNode(ctx context.Context, o *Options, dir, system, registry string) (*
 func (n *node) ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if _, err := cri.NewImageServiceClient(n.conn).ImageFsInfo(ctx, &cri.ImageFsInfoRequest{}, grpc.WaitForReady(true)); err != nil {
+	if _, err := cri.NewImageServiceClient(n.images).ImageFsInfo(ctx, &cri.ImageFsInfoRequest{}, grpc.WaitForReady(true)); err != nil {
 		return fmt.Errorf("await containerd's CRI: %w", err)
 	}
 	return nil
 }
 
-func (n *node) close() error { return errors.Join(n.conn.Close(), n.stop()) }
+func (n *node) close() error {
+	errs := []error{n.conn.Close()}
+	if n.images != n.conn {
+		errs = append(errs, n.images.Close())
+	}
+	return errors.Join(append(errs, n.stop())...)
+}
 
 // startHearth brings up the whole of Hearth on one machine, with an empty pool.
 func startHearth(ctx context.Context, o *Options, dir, _ string) (*node, error) {
@@ -64,8 +76,12 @@ func startHearth(ctx context.Context, o *Options, dir, _ string) (*node, error) 
 	if err != nil {
 		return nil, err
 	}
+	images, err := grpc.NewClient("unix://"+filepath.Join(st.status.Run, stack.ImageSocket), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("connect to nodeagent: %w", err), st.stop())
+	}
 	return &node{
-		tools: o.Tools, dir: dir, socket: st.containerdSocket(), snapshotter: "hearth", stop: st.stop,
+		tools: o.Tools, dir: dir, socket: st.containerdSocket(), images: images, snapshotter: "hearth", stop: st.stop,
 		processes: func() ([]int, error) {
 			agent, err := st.pid("nodeagent")
 			if err != nil {
@@ -93,7 +109,7 @@ func render(file, text string, values any) error {
 // pull is the kubelet's own call.
 func (n *node) pull(ctx context.Context, ref string) (time.Duration, error) {
 	start := time.Now()
-	_, err := cri.NewImageServiceClient(n.conn).PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}})
+	_, err := cri.NewImageServiceClient(n.images).PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}})
 	if err != nil {
 		return time.Since(start), fmt.Errorf("pull %s: %w", ref, err)
 	}

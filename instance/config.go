@@ -77,6 +77,8 @@ type Config struct {
 	Prefetch Prefetcher
 	// Credentials of the registry that an image is pulled from; nil or empty answers mean none.
 	Credentials func(ctx context.Context, imageRef string) (user, secret string, err error)
+	// Fetch brings an image's layers before containerd is asked for it; nil: nobody does. What goes wrong comes up in the pull.
+	Fetch func(ctx context.Context, imageRef string) error
 	// Dial tries to connect to a Function; default is TCP.
 	Dial func(ctx context.Context, address netip.AddrPort) error
 

@@ -34,6 +34,7 @@ type node struct {
 	cgroups     cgroups
 	scratch     string // an empty directory
 	credentials func(ctx context.Context, ref string) (user, secret string, err error)
+	fetch       func(ctx context.Context, ref string) error
 
 	mu    sync.Mutex // guards users
 	users map[userKey]specs.User
@@ -68,6 +69,7 @@ func connectNode(cfg Config) (*node, error) {
 		cgroups:     cgroups{parent: cfg.CgroupParent},
 		scratch:     filepath.Join(cfg.Root, scratchDir),
 		credentials: cfg.Credentials,
+		fetch:       cfg.Fetch,
 		users:       map[userKey]specs.User{},
 	}, nil
 }

@@ -54,6 +54,9 @@ func (n *node) Pull(ctx context.Context, ref string) error {
 			request.Auth = authOf(user, secret)
 		}
 	}
+	if n.fetch != nil {
+		_ = n.fetch(ctx, ref) // the pull says what is wrong
+	}
 	if _, err := n.image.PullImage(ctx, request); err != nil {
 		return fmt.Errorf("pull image %s: %w", ref, errgrpc.ToNative(err))
 	}

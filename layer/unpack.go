@@ -56,7 +56,7 @@ type Config struct {
 	// MemoryBytes bounds the blocks of all layers in flight together; default 64 MiB. A layer waits until its guaranteed share
 	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a mebibyte a core for frames of zstd and LZ4
 	// that fit a block, a window of at most 128 MiB for larger ones of zstd; and for images 1 MiB each, and their names, which all
-	// together may take as much again before one is an ErrNoImage.
+	// together may take a quarter as much again before one is an ErrNoImage.
 	MemoryBytes int64
 	Logger      *slog.Logger          // default: discard
 	Registerer  prometheus.Registerer // nil: no metrics
@@ -134,7 +134,7 @@ func New(cfg Config) (*Unpacker, error) {
 		},
 		writers:    cmp.Or(cfg.Writers, min(max(runtime.GOMAXPROCS(0), 2), 8)),
 		arena:      newArena(memory),
-		namesBytes: memory,
+		namesBytes: memory / 4,
 		decoders:   decoders,
 		log:        cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler)),
 		metrics:    m,

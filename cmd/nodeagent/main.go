@@ -56,10 +56,10 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.containerd, "containerd-socket", "/run/containerd/containerd.sock", "containerd's socket")
 	f.StringVar(&o.cgroup, "cgroup-parent", "/hearth", "cgroup that instances are made in")
 	f.StringVar(&o.snapshotterSocket, "snapshotter-socket", "/run/hearth/snapshotter.sock", "Unix socket to serve the snapshotter on")
-	f.StringVar(&o.imageSocket, "image-service-socket", "", "Unix socket to serve the CRI's ImageService on, for the kubelet's --image-service-endpoint: its pull secrets then serve here too (default: none)")
+	f.StringVar(&o.imageSocket, "image-service-socket", "", "Unix socket to serve the CRI's ImageService on, for the kubelet's --image-service-endpoint: its pull secrets then serve here too, and layers are fetched before containerd takes its locks (default: none)")
 	f.StringVar(&o.hostsDir, "hosts-dir", "", "folder of hosts.toml files for registries, as containerd's config_path")
 	f.StringVar(&o.dockerConfig, "docker-config", "", "Docker's config.json with credentials for registries (default: $DOCKER_CONFIG or ~/.docker)")
-	daemon.BytesVar(f, &o.memory, "memory-budget", 128<<20, "memory for layers in flight, half of it for what is fetched and half for what is unpacked")
+	daemon.BytesVar(f, &o.memory, "memory-budget", 128<<20, "memory for layers in flight, fetched and unpacked; nodeagent takes some 30 MiB besides")
 	f.BoolVar(&o.keepBlobs, "keep-blobs", false, "keep the compressed layers in containerd's content store too, for ctr images export, mirrors and pushing")
 	o.limits.Flags(f)
 	o.snaps.Flags(f)
@@ -81,7 +81,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	}
 	config := instance.Config{
 		Node: o.node, Root: o.root, Address: o.containerd, CgroupParent: o.cgroup,
-		Credentials: blobs.Credentials, Prefetch: ahead,
+		Credentials: blobs.Credentials, Fetch: snaps.Fetch, Prefetch: ahead,
 		Phases: func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) },
 		Logger: rt.Log, Registerer: rt.Registry,
 	}
@@ -101,7 +101,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	if err != nil {
 		return errors.Join(err, snaps.Close())
 	}
-	pulls, err := images.New(images.Config{Containerd: o.containerd, Credentials: blobs.Credentials, Progress: snaps.Pull})
+	pulls, err := images.New(images.Config{Containerd: o.containerd, Credentials: blobs.Credentials, Fetch: snaps.Fetch, Progress: snaps.Pull})
 	if err != nil {
 		return errors.Join(err, snaps.Close())
 	}
@@ -109,7 +109,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	mux.Handle(hearthv1connect.NewImageServiceHandler(pulls, connect.WithReadMaxBytes(1<<20)))
 	mux.Handle(hearthv1connect.NewNodeServiceHandler(engine, connect.WithReadMaxBytes(4<<20)))
 	group.Go(func() error { return snaps.Serve(ctx, o.snapshotterSocket) })
-	group.Go(func() error { return secrets.Serve(ctx, o.imageSocket) })
+	group.Go(func() error { return secrets.Serve(ctx, o.imageSocket, snaps.Fetch) })
 	group.Go(func() error { return engine.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.socket, mux) })
 	group.Go(func() error { return rt.Ready.Follow(ctx, "containerd", engine.Ready) })
@@ -118,7 +118,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 
 func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
 	blobs, err := registry.New(registry.Config{
-		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry,
+		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: o.memory * 3 / 8, Logger: rt.Log, Registerer: rt.Registry,
 	})
 	if err != nil {
 		return nil, nil, err

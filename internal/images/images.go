@@ -34,6 +34,8 @@ type Config struct {
 	Containerd string
 	// Credentials are what an image's registry wants to know; nil: nothing is told.
 	Credentials func(ctx context.Context, ref string) (user, secret string, err error)
+	// Fetch brings an image's layers before containerd is asked for it; nil: nobody does. What goes wrong comes up in the pull.
+	Fetch func(ctx context.Context, ref string) error
 	// Progress tells of the last pull of an image, by its full reference.
 	Progress func(ref string) (snapshotter.Pull, bool)
 }
@@ -116,6 +118,9 @@ func (s *Service) pull(ctx context.Context, ref string) (id string, err error) {
 		case secret != "":
 			request.Auth = &cri.AuthConfig{IdentityToken: secret}
 		}
+	}
+	if s.cfg.Fetch != nil {
+		_ = s.cfg.Fetch(ctx, ref) // the pull says what is wrong
 	}
 	resp, err := s.images.PullImage(ctx, request)
 	if err != nil {

@@ -3,6 +3,7 @@ package keychain_test
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -27,6 +28,7 @@ type fakeCRI struct {
 	cri.UnimplementedImageServiceServer
 	keychain func(ref, host string) string
 	during   []string
+	fetched  []string // images that were fetched before, with whoever asked for them by then
 	fail     error
 	seen     metadata.MD
 }
@@ -101,7 +103,12 @@ func start(t *testing.T) (*fakeCRI, *keychain.Service, cri.ImageServiceClient) {
 		defer context.AfterFunc(ctx, server.Stop)()
 		return server.Serve(l)
 	})
-	serve(t, filepath.Join(dir, "k"), s.Serve)
+	serve(t, filepath.Join(dir, "k"), func(ctx context.Context, socket string) error {
+		return s.Serve(ctx, socket, func(_ context.Context, ref string) error {
+			f.fetched = append(f.fetched, ref+" "+f.keychain(ref, "reg.example"))
+			return errors.New("the pull has to do it")
+		})
+	})
 	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, "k"), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
@@ -164,6 +171,9 @@ func TestCredentialsReachTheSnapshotter(t *testing.T) {
 		r, err := client.PullImage(ctx, request("reg.example/team/app:1", c.auth))
 		if err != nil || r.GetImageRef() != "id of reg.example/team/app:1" || f.during[0] != c.want {
 			t.Errorf("%s: %v %v, during the pull %q, want %q", name, r, err, f.during, c.want)
+		}
+		if len(f.fetched) != 1 || f.fetched[0] != "reg.example/team/app:1 "+c.want {
+			t.Errorf("%s: fetched before: %q", name, f.fetched)
 		}
 		if v := f.seen.Get("traceparent"); len(v) != 1 || v[0] != "t" {
 			t.Errorf("%s: metadata %v", name, f.seen)

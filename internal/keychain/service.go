@@ -26,6 +26,8 @@ type Service struct {
 	next cri.ImageServiceClient
 	log  *slog.Logger
 	book book
+
+	fetch func(ctx context.Context, ref string) error // set by Serve
 }
 
 // New makes a Service before the containerd that listens on a socket. It need not be there yet, and may go and come.
@@ -39,8 +41,10 @@ func New(containerd string, log *slog.Logger) (*Service, error) {
 }
 
 // Serve serves the kubelet on a Unix socket until ctx is done, and then ends the connection to containerd; without a socket it
-// only waits. Pulls under way are cut off, as when containerd itself is restarted: the kubelet asks again.
-func (s *Service) Serve(ctx context.Context, socket string) error {
+// only waits. Pulls under way are cut off, as when containerd itself is restarted: the kubelet asks again. Before each pull fetch,
+// if it is not nil, brings the image's layers, so that containerd need not hold its locks while they come.
+func (s *Service) Serve(ctx context.Context, socket string, fetch func(ctx context.Context, ref string) error) error {
+	s.fetch = fetch
 	if socket == "" {
 		<-ctx.Done()
 		return s.conn.Close()
@@ -70,12 +74,21 @@ func (s *Service) PullImage(ctx context.Context, r *cri.PullImageRequest) (*cri.
 		s.log.Warn("credentials of a pull are of no use", "image", r.GetImage().GetImage(), "error", err) // containerd tells the caller
 	}
 	if e == nil {
-		return s.next.PullImage(forward(ctx), r)
+		return s.pull(ctx, r)
 	}
 	done := s.book.add(e)
-	resp, err := s.next.PullImage(forward(ctx), r)
+	resp, err := s.pull(ctx, r)
 	done(err == nil)
 	return resp, err
+}
+
+func (s *Service) pull(ctx context.Context, r *cri.PullImageRequest) (*cri.PullImageResponse, error) {
+	if s.fetch != nil {
+		if err := s.fetch(ctx, r.GetImage().GetImage()); err != nil {
+			s.log.Debug("image is left to containerd's pull", "image", r.GetImage().GetImage(), "error", err) // which says what is wrong
+		}
+	}
+	return s.next.PullImage(forward(ctx), r)
 }
 
 // ListImages passes the call on.

@@ -53,7 +53,7 @@ func (c Config) specs(environ []string) map[string]spec {
 			"--socket", p.nodeSocket(),
 			"--containerd-socket", p.containerdSocket(),
 			"--snapshotter-root", p.snapshotterRoot(),
-			"--snapshotter-socket", p.snapshotterSocket(),
+			"--snapshotter-socket", p.snapshotterSocket(), "--image-service-socket", p.imageSocket(),
 			"--cgroup-parent", CgroupParent(c.Name),
 			"--hosts-dir", c.HostsDir),
 		namePoolmanager: own(namePoolmanager, 10*time.Second,

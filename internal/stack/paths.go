@@ -9,6 +9,8 @@ import (
 const (
 	NodeSocket = "node.sock" // NodeService
 	PoolSocket = "pool.sock" // AllocationService, FunctionService, LoadService
+	// ImageSocket is the CRI's ImageService as a kubelet would use it: containerd's, with Hearth before it.
+	ImageSocket = "image.sock"
 	// ContainerdSocket is containerd's own API and the CRI.
 	ContainerdSocket = "containerd.sock"
 )
@@ -20,6 +22,7 @@ func (c Config) paths() paths { return paths{c.Root, c.Run} }
 
 func (p paths) containerdSocket() string  { return filepath.Join(p.run, ContainerdSocket) }
 func (p paths) snapshotterSocket() string { return filepath.Join(p.run, "snapshotter.sock") }
+func (p paths) imageSocket() string       { return filepath.Join(p.run, ImageSocket) }
 func (p paths) nodeSocket() string        { return filepath.Join(p.run, NodeSocket) }
 func (p paths) poolSocket() string        { return filepath.Join(p.run, PoolSocket) }
 func (p paths) shimSockets() string       { return filepath.Join(p.run, "s") }

@@ -82,7 +82,7 @@ func throughKeychain(t *testing.T, n *pullNode, service *keychain.Service) cri.I
 	socket := filepath.Join(n.Dir, "k.sock")
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- service.Serve(ctx, socket) }()
+	go func() { done <- service.Serve(ctx, socket, nil) }()
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 	if err != nil {
 		t.Fatal(err)
