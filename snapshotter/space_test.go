@@ -137,11 +137,8 @@ func disk(t *testing.T, kind string, megabytes int) string {
 		if err := os.Truncate(image, int64(megabytes)<<20); err != nil {
 			t.Fatal(err)
 		}
-		for _, args := range [][]string{{"mkfs.ext4", "-q", "-F", "-m", "0", image}, {"mount", "-o", "loop", image, root}} {
-			if out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
-				t.Fatalf("%v: %v %s", args, err, out)
-			}
-		}
+		command(t, "mkfs.ext4", "-q", "-F", "-m", "0", image)
+		command(t, "mount", "-o", "loop", image, root)
 	}
 	t.Cleanup(func() {
 		if err := unix.Unmount(root, 0); err != nil {
@@ -149,6 +146,13 @@ func disk(t *testing.T, kind string, megabytes int) string {
 		}
 	})
 	return root
+}
+
+func command(t *testing.T, args ...string) {
+	t.Helper()
+	if out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v %s", args, err, out)
+	}
 }
 
 // fill leaves so many bytes of a file system free; the returned function gives the rest back.
