@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
@@ -32,14 +33,14 @@ const (
 	maxReason = 4 << 10
 )
 
-// writeLauncherRoot makes the root file system that all launchers run in: the program and places for mounts. It is named after
-// the program's version, so that those that run keep theirs.
+// writeLauncherRoot makes the root file system that all launchers run in: the program and places for mounts. It is named by
+// the program's content, so that those that run keep theirs.
 func writeLauncherRoot(root, program string) (string, error) {
-	info, err := os.Stat(program)
+	text, err := os.ReadFile(program)
 	if err != nil {
 		return "", fmt.Errorf("launcher: %w; `make build` compiles it beside nodeagent", err)
 	}
-	dir := filepath.Join(root, "launcher-"+strconv.FormatInt(info.ModTime().UnixNano(), 36))
+	dir := filepath.Join(root, "launcher-"+digest.FromBytes(text).Encoded()[:16])
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
@@ -47,7 +48,7 @@ func writeLauncherRoot(root, program string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("launcher: %w", err)
 	}
-	if err := fillLauncherRoot(made, program); err != nil {
+	if err := fillLauncherRoot(made, text); err != nil {
 		return "", errors.Join(fmt.Errorf("launcher: %w", err), os.RemoveAll(made))
 	}
 	if err := os.Rename(made, dir); err != nil {
@@ -70,7 +71,7 @@ func (e *Engine) cleanLauncherRoots() error {
 	return err
 }
 
-func fillLauncherRoot(dir, program string) error {
+func fillLauncherRoot(dir string, program []byte) error {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
@@ -89,11 +90,7 @@ func fillLauncherRoot(dir, program string) error {
 			return err
 		}
 	}
-	text, err := os.ReadFile(program)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, launcherProgram), text, 0o755)
+	return os.WriteFile(filepath.Join(dir, launcherProgram), program, 0o755)
 }
 
 // taskLauncher is the launcher of a real container.
