@@ -64,12 +64,12 @@ func (f *fakeCRI) StreamImages(_ *cri.StreamImagesRequest, out grpc.ServerStream
 	return status.Error(codes.Aborted, "enough")
 }
 
-// serve runs a server on a socket until the test ends.
-func serve(t *testing.T, socket string, run func(context.Context, string) error) {
+// serve runs a server until the test ends.
+func serve(t *testing.T, run func(context.Context) error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, socket) }()
+	go func() { done <- run(ctx) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -95,16 +95,16 @@ func start(t *testing.T) (*fakeCRI, *keychain.Service, cri.ImageServiceClient) {
 	}}
 	server := grpc.NewServer()
 	cri.RegisterImageServiceServer(server, f)
-	serve(t, filepath.Join(dir, "c"), func(ctx context.Context, socket string) error {
-		l, err := new(net.ListenConfig).Listen(ctx, "unix", socket)
-		if err != nil {
-			return err
-		}
+	l, err := new(net.ListenConfig).Listen(t.Context(), "unix", filepath.Join(dir, "c"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve(t, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, server.Stop)()
 		return server.Serve(l)
 	})
-	serve(t, filepath.Join(dir, "k"), func(ctx context.Context, socket string) error {
-		return s.Serve(ctx, socket, func(_ context.Context, ref string) error {
+	serve(t, func(ctx context.Context) error {
+		return s.Serve(ctx, filepath.Join(dir, "k"), func(_ context.Context, ref string) error {
 			f.fetched = append(f.fetched, ref+" "+f.keychain(ref, "reg.example"))
 			return errors.New("the pull has to do it")
 		})
