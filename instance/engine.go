@@ -27,6 +27,8 @@ const scratchDir = "scratch"
 // Engine is the engine of one node. All its methods are safe for concurrent use. Run has to be running; until it has read
 // containerd's state all calls fail with Unavailable.
 type Engine struct {
+	hearthv1connect.UnimplementedNodeServiceHandler
+
 	cfg     Config
 	log     *slog.Logger
 	backend backend

@@ -653,6 +653,263 @@ func (x *Load) GetInterval() *durationpb.Duration {
 	return nil
 }
 
+type ApplyRuntimeRequest struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Runtime *Runtime               `protobuf:"bytes,1,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	// Prepare waits until the image is on the nodes and the warm Instances are booted.
+	Prepare       bool `protobuf:"varint,2,opt,name=prepare,proto3" json:"prepare,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApplyRuntimeRequest) Reset() {
+	*x = ApplyRuntimeRequest{}
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApplyRuntimeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApplyRuntimeRequest) ProtoMessage() {}
+
+func (x *ApplyRuntimeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApplyRuntimeRequest.ProtoReflect.Descriptor instead.
+func (*ApplyRuntimeRequest) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ApplyRuntimeRequest) GetRuntime() *Runtime {
+	if x != nil {
+		return x.Runtime
+	}
+	return nil
+}
+
+func (x *ApplyRuntimeRequest) GetPrepare() bool {
+	if x != nil {
+		return x.Prepare
+	}
+	return false
+}
+
+type ApplyRuntimeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Runtime       *Runtime               `protobuf:"bytes,1,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApplyRuntimeResponse) Reset() {
+	*x = ApplyRuntimeResponse{}
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApplyRuntimeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApplyRuntimeResponse) ProtoMessage() {}
+
+func (x *ApplyRuntimeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApplyRuntimeResponse.ProtoReflect.Descriptor instead.
+func (*ApplyRuntimeResponse) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ApplyRuntimeResponse) GetRuntime() *Runtime {
+	if x != nil {
+		return x.Runtime
+	}
+	return nil
+}
+
+type ListRuntimesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRuntimesRequest) Reset() {
+	*x = ListRuntimesRequest{}
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRuntimesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRuntimesRequest) ProtoMessage() {}
+
+func (x *ListRuntimesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRuntimesRequest.ProtoReflect.Descriptor instead.
+func (*ListRuntimesRequest) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{12}
+}
+
+type ListRuntimesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Runtimes      []*Runtime             `protobuf:"bytes,1,rep,name=runtimes,proto3" json:"runtimes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRuntimesResponse) Reset() {
+	*x = ListRuntimesResponse{}
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRuntimesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRuntimesResponse) ProtoMessage() {}
+
+func (x *ListRuntimesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRuntimesResponse.ProtoReflect.Descriptor instead.
+func (*ListRuntimesResponse) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ListRuntimesResponse) GetRuntimes() []*Runtime {
+	if x != nil {
+		return x.Runtimes
+	}
+	return nil
+}
+
+type DeleteRuntimeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteRuntimeRequest) Reset() {
+	*x = DeleteRuntimeRequest{}
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteRuntimeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteRuntimeRequest) ProtoMessage() {}
+
+func (x *DeleteRuntimeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteRuntimeRequest.ProtoReflect.Descriptor instead.
+func (*DeleteRuntimeRequest) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *DeleteRuntimeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DeleteRuntimeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteRuntimeResponse) Reset() {
+	*x = DeleteRuntimeResponse{}
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteRuntimeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteRuntimeResponse) ProtoMessage() {}
+
+func (x *DeleteRuntimeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteRuntimeResponse.ProtoReflect.Descriptor instead.
+func (*DeleteRuntimeResponse) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{15}
+}
+
 type ApplyRequest struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Function *Function              `protobuf:"bytes,1,opt,name=function,proto3" json:"function,omitempty"`
@@ -664,7 +921,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[10]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -676,7 +933,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[10]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -689,7 +946,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{10}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ApplyRequest) GetFunction() *Function {
@@ -715,7 +972,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[11]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -727,7 +984,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[11]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -740,7 +997,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{11}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ApplyResponse) GetFunction() *Function {
@@ -759,7 +1016,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[12]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +1028,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[12]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +1041,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{12}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetRequest) GetName() string {
@@ -803,7 +1060,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[13]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -815,7 +1072,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[13]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -828,7 +1085,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{13}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetResponse) GetFunction() *Function {
@@ -846,7 +1103,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[14]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +1115,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[14]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +1128,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{14}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{20}
 }
 
 type ListResponse struct {
@@ -883,7 +1140,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[15]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -895,7 +1152,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[15]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -908,7 +1165,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{15}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListResponse) GetFunctions() []*Function {
@@ -927,7 +1184,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[16]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -939,7 +1196,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[16]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -952,7 +1209,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{16}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DeleteRequest) GetName() string {
@@ -970,7 +1227,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[17]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -982,7 +1239,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[17]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -995,7 +1252,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{17}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{23}
 }
 
 type ListInstancesRequest struct {
@@ -1007,7 +1264,7 @@ type ListInstancesRequest struct {
 
 func (x *ListInstancesRequest) Reset() {
 	*x = ListInstancesRequest{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[18]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1019,7 +1276,7 @@ func (x *ListInstancesRequest) String() string {
 func (*ListInstancesRequest) ProtoMessage() {}
 
 func (x *ListInstancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[18]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1032,7 +1289,7 @@ func (x *ListInstancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInstancesRequest.ProtoReflect.Descriptor instead.
 func (*ListInstancesRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{18}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListInstancesRequest) GetFunction() string {
@@ -1051,7 +1308,7 @@ type ListInstancesResponse struct {
 
 func (x *ListInstancesResponse) Reset() {
 	*x = ListInstancesResponse{}
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[19]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1320,7 @@ func (x *ListInstancesResponse) String() string {
 func (*ListInstancesResponse) ProtoMessage() {}
 
 func (x *ListInstancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[19]
+	mi := &file_hearth_v1alpha1_allocation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1333,7 @@ func (x *ListInstancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInstancesResponse.ProtoReflect.Descriptor instead.
 func (*ListInstancesResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{19}
+	return file_hearth_v1alpha1_allocation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListInstancesResponse) GetInstances() []*Instance {
@@ -1137,7 +1394,18 @@ const file_hearth_v1alpha1_allocation_proto_rawDesc = "" +
 	"\binterval\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\binterval\x1a;\n" +
 	"\rInFlightEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"_\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"c\n" +
+	"\x13ApplyRuntimeRequest\x122\n" +
+	"\aruntime\x18\x01 \x01(\v2\x18.hearth.v1alpha1.RuntimeR\aruntime\x12\x18\n" +
+	"\aprepare\x18\x02 \x01(\bR\aprepare\"J\n" +
+	"\x14ApplyRuntimeResponse\x122\n" +
+	"\aruntime\x18\x01 \x01(\v2\x18.hearth.v1alpha1.RuntimeR\aruntime\"\x15\n" +
+	"\x13ListRuntimesRequest\"L\n" +
+	"\x14ListRuntimesResponse\x124\n" +
+	"\bruntimes\x18\x01 \x03(\v2\x18.hearth.v1alpha1.RuntimeR\bruntimes\"*\n" +
+	"\x14DeleteRuntimeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x17\n" +
+	"\x15DeleteRuntimeResponse\"_\n" +
 	"\fApplyRequest\x125\n" +
 	"\bfunction\x18\x01 \x01(\v2\x19.hearth.v1alpha1.FunctionR\bfunction\x12\x18\n" +
 	"\aprepare\x18\x02 \x01(\bR\aprepare\"F\n" +
@@ -1169,7 +1437,11 @@ const file_hearth_v1alpha1_allocation_proto_rawDesc = "" +
 	"\x03Get\x12\x1b.hearth.v1alpha1.GetRequest\x1a\x1c.hearth.v1alpha1.GetResponse\x12C\n" +
 	"\x04List\x12\x1c.hearth.v1alpha1.ListRequest\x1a\x1d.hearth.v1alpha1.ListResponse\x12I\n" +
 	"\x06Delete\x12\x1e.hearth.v1alpha1.DeleteRequest\x1a\x1f.hearth.v1alpha1.DeleteResponse\x12^\n" +
-	"\rListInstances\x12%.hearth.v1alpha1.ListInstancesRequest\x1a&.hearth.v1alpha1.ListInstancesResponseB;Z9github.com/hearth-serverless/hearth/api/v1alpha1;hearthv1b\x06proto3"
+	"\rListInstances\x12%.hearth.v1alpha1.ListInstancesRequest\x1a&.hearth.v1alpha1.ListInstancesResponse2\xaa\x02\n" +
+	"\x0eRuntimeService\x12[\n" +
+	"\fApplyRuntime\x12$.hearth.v1alpha1.ApplyRuntimeRequest\x1a%.hearth.v1alpha1.ApplyRuntimeResponse\x12[\n" +
+	"\fListRuntimes\x12$.hearth.v1alpha1.ListRuntimesRequest\x1a%.hearth.v1alpha1.ListRuntimesResponse\x12^\n" +
+	"\rDeleteRuntime\x12%.hearth.v1alpha1.DeleteRuntimeRequest\x1a&.hearth.v1alpha1.DeleteRuntimeResponseB;Z9github.com/hearth-serverless/hearth/api/v1alpha1;hearthv1b\x06proto3"
 
 var (
 	file_hearth_v1alpha1_allocation_proto_rawDescOnce sync.Once
@@ -1183,7 +1455,7 @@ func file_hearth_v1alpha1_allocation_proto_rawDescGZIP() []byte {
 	return file_hearth_v1alpha1_allocation_proto_rawDescData
 }
 
-var file_hearth_v1alpha1_allocation_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_hearth_v1alpha1_allocation_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_hearth_v1alpha1_allocation_proto_goTypes = []any{
 	(*AllocateRequest)(nil),       // 0: hearth.v1alpha1.AllocateRequest
 	(*AllocateResponse)(nil),      // 1: hearth.v1alpha1.AllocateResponse
@@ -1195,62 +1467,78 @@ var file_hearth_v1alpha1_allocation_proto_goTypes = []any{
 	(*ReportRequest)(nil),         // 7: hearth.v1alpha1.ReportRequest
 	(*ReportResponse)(nil),        // 8: hearth.v1alpha1.ReportResponse
 	(*Load)(nil),                  // 9: hearth.v1alpha1.Load
-	(*ApplyRequest)(nil),          // 10: hearth.v1alpha1.ApplyRequest
-	(*ApplyResponse)(nil),         // 11: hearth.v1alpha1.ApplyResponse
-	(*GetRequest)(nil),            // 12: hearth.v1alpha1.GetRequest
-	(*GetResponse)(nil),           // 13: hearth.v1alpha1.GetResponse
-	(*ListRequest)(nil),           // 14: hearth.v1alpha1.ListRequest
-	(*ListResponse)(nil),          // 15: hearth.v1alpha1.ListResponse
-	(*DeleteRequest)(nil),         // 16: hearth.v1alpha1.DeleteRequest
-	(*DeleteResponse)(nil),        // 17: hearth.v1alpha1.DeleteResponse
-	(*ListInstancesRequest)(nil),  // 18: hearth.v1alpha1.ListInstancesRequest
-	(*ListInstancesResponse)(nil), // 19: hearth.v1alpha1.ListInstancesResponse
-	nil,                           // 20: hearth.v1alpha1.Load.InFlightEntry
-	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
-	(*Instance)(nil),              // 22: hearth.v1alpha1.Instance
-	(*Phase)(nil),                 // 23: hearth.v1alpha1.Phase
-	(*FunctionSpec)(nil),          // 24: hearth.v1alpha1.FunctionSpec
-	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
-	(*Function)(nil),              // 26: hearth.v1alpha1.Function
+	(*ApplyRuntimeRequest)(nil),   // 10: hearth.v1alpha1.ApplyRuntimeRequest
+	(*ApplyRuntimeResponse)(nil),  // 11: hearth.v1alpha1.ApplyRuntimeResponse
+	(*ListRuntimesRequest)(nil),   // 12: hearth.v1alpha1.ListRuntimesRequest
+	(*ListRuntimesResponse)(nil),  // 13: hearth.v1alpha1.ListRuntimesResponse
+	(*DeleteRuntimeRequest)(nil),  // 14: hearth.v1alpha1.DeleteRuntimeRequest
+	(*DeleteRuntimeResponse)(nil), // 15: hearth.v1alpha1.DeleteRuntimeResponse
+	(*ApplyRequest)(nil),          // 16: hearth.v1alpha1.ApplyRequest
+	(*ApplyResponse)(nil),         // 17: hearth.v1alpha1.ApplyResponse
+	(*GetRequest)(nil),            // 18: hearth.v1alpha1.GetRequest
+	(*GetResponse)(nil),           // 19: hearth.v1alpha1.GetResponse
+	(*ListRequest)(nil),           // 20: hearth.v1alpha1.ListRequest
+	(*ListResponse)(nil),          // 21: hearth.v1alpha1.ListResponse
+	(*DeleteRequest)(nil),         // 22: hearth.v1alpha1.DeleteRequest
+	(*DeleteResponse)(nil),        // 23: hearth.v1alpha1.DeleteResponse
+	(*ListInstancesRequest)(nil),  // 24: hearth.v1alpha1.ListInstancesRequest
+	(*ListInstancesResponse)(nil), // 25: hearth.v1alpha1.ListInstancesResponse
+	nil,                           // 26: hearth.v1alpha1.Load.InFlightEntry
+	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
+	(*Instance)(nil),              // 28: hearth.v1alpha1.Instance
+	(*Phase)(nil),                 // 29: hearth.v1alpha1.Phase
+	(*FunctionSpec)(nil),          // 30: hearth.v1alpha1.FunctionSpec
+	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
+	(*Runtime)(nil),               // 32: hearth.v1alpha1.Runtime
+	(*Function)(nil),              // 33: hearth.v1alpha1.Function
 }
 var file_hearth_v1alpha1_allocation_proto_depIdxs = []int32{
-	21, // 0: hearth.v1alpha1.AllocateRequest.deadline:type_name -> google.protobuf.Timestamp
-	22, // 1: hearth.v1alpha1.AllocateResponse.instance:type_name -> hearth.v1alpha1.Instance
-	23, // 2: hearth.v1alpha1.AllocateResponse.phases:type_name -> hearth.v1alpha1.Phase
+	27, // 0: hearth.v1alpha1.AllocateRequest.deadline:type_name -> google.protobuf.Timestamp
+	28, // 1: hearth.v1alpha1.AllocateResponse.instance:type_name -> hearth.v1alpha1.Instance
+	29, // 2: hearth.v1alpha1.AllocateResponse.phases:type_name -> hearth.v1alpha1.Phase
 	6,  // 3: hearth.v1alpha1.WatchResponse.endpoints:type_name -> hearth.v1alpha1.Endpoints
-	24, // 4: hearth.v1alpha1.Endpoints.spec:type_name -> hearth.v1alpha1.FunctionSpec
-	22, // 5: hearth.v1alpha1.Endpoints.instances:type_name -> hearth.v1alpha1.Instance
+	30, // 4: hearth.v1alpha1.Endpoints.spec:type_name -> hearth.v1alpha1.FunctionSpec
+	28, // 5: hearth.v1alpha1.Endpoints.instances:type_name -> hearth.v1alpha1.Instance
 	9,  // 6: hearth.v1alpha1.ReportRequest.loads:type_name -> hearth.v1alpha1.Load
-	20, // 7: hearth.v1alpha1.Load.in_flight:type_name -> hearth.v1alpha1.Load.InFlightEntry
-	25, // 8: hearth.v1alpha1.Load.interval:type_name -> google.protobuf.Duration
-	26, // 9: hearth.v1alpha1.ApplyRequest.function:type_name -> hearth.v1alpha1.Function
-	26, // 10: hearth.v1alpha1.ApplyResponse.function:type_name -> hearth.v1alpha1.Function
-	26, // 11: hearth.v1alpha1.GetResponse.function:type_name -> hearth.v1alpha1.Function
-	26, // 12: hearth.v1alpha1.ListResponse.functions:type_name -> hearth.v1alpha1.Function
-	22, // 13: hearth.v1alpha1.ListInstancesResponse.instances:type_name -> hearth.v1alpha1.Instance
-	0,  // 14: hearth.v1alpha1.AllocationService.Allocate:input_type -> hearth.v1alpha1.AllocateRequest
-	2,  // 15: hearth.v1alpha1.AllocationService.Release:input_type -> hearth.v1alpha1.ReleaseRequest
-	4,  // 16: hearth.v1alpha1.AllocationService.Watch:input_type -> hearth.v1alpha1.WatchRequest
-	7,  // 17: hearth.v1alpha1.LoadService.Report:input_type -> hearth.v1alpha1.ReportRequest
-	10, // 18: hearth.v1alpha1.FunctionService.Apply:input_type -> hearth.v1alpha1.ApplyRequest
-	12, // 19: hearth.v1alpha1.FunctionService.Get:input_type -> hearth.v1alpha1.GetRequest
-	14, // 20: hearth.v1alpha1.FunctionService.List:input_type -> hearth.v1alpha1.ListRequest
-	16, // 21: hearth.v1alpha1.FunctionService.Delete:input_type -> hearth.v1alpha1.DeleteRequest
-	18, // 22: hearth.v1alpha1.FunctionService.ListInstances:input_type -> hearth.v1alpha1.ListInstancesRequest
-	1,  // 23: hearth.v1alpha1.AllocationService.Allocate:output_type -> hearth.v1alpha1.AllocateResponse
-	3,  // 24: hearth.v1alpha1.AllocationService.Release:output_type -> hearth.v1alpha1.ReleaseResponse
-	5,  // 25: hearth.v1alpha1.AllocationService.Watch:output_type -> hearth.v1alpha1.WatchResponse
-	8,  // 26: hearth.v1alpha1.LoadService.Report:output_type -> hearth.v1alpha1.ReportResponse
-	11, // 27: hearth.v1alpha1.FunctionService.Apply:output_type -> hearth.v1alpha1.ApplyResponse
-	13, // 28: hearth.v1alpha1.FunctionService.Get:output_type -> hearth.v1alpha1.GetResponse
-	15, // 29: hearth.v1alpha1.FunctionService.List:output_type -> hearth.v1alpha1.ListResponse
-	17, // 30: hearth.v1alpha1.FunctionService.Delete:output_type -> hearth.v1alpha1.DeleteResponse
-	19, // 31: hearth.v1alpha1.FunctionService.ListInstances:output_type -> hearth.v1alpha1.ListInstancesResponse
-	23, // [23:32] is the sub-list for method output_type
-	14, // [14:23] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	26, // 7: hearth.v1alpha1.Load.in_flight:type_name -> hearth.v1alpha1.Load.InFlightEntry
+	31, // 8: hearth.v1alpha1.Load.interval:type_name -> google.protobuf.Duration
+	32, // 9: hearth.v1alpha1.ApplyRuntimeRequest.runtime:type_name -> hearth.v1alpha1.Runtime
+	32, // 10: hearth.v1alpha1.ApplyRuntimeResponse.runtime:type_name -> hearth.v1alpha1.Runtime
+	32, // 11: hearth.v1alpha1.ListRuntimesResponse.runtimes:type_name -> hearth.v1alpha1.Runtime
+	33, // 12: hearth.v1alpha1.ApplyRequest.function:type_name -> hearth.v1alpha1.Function
+	33, // 13: hearth.v1alpha1.ApplyResponse.function:type_name -> hearth.v1alpha1.Function
+	33, // 14: hearth.v1alpha1.GetResponse.function:type_name -> hearth.v1alpha1.Function
+	33, // 15: hearth.v1alpha1.ListResponse.functions:type_name -> hearth.v1alpha1.Function
+	28, // 16: hearth.v1alpha1.ListInstancesResponse.instances:type_name -> hearth.v1alpha1.Instance
+	0,  // 17: hearth.v1alpha1.AllocationService.Allocate:input_type -> hearth.v1alpha1.AllocateRequest
+	2,  // 18: hearth.v1alpha1.AllocationService.Release:input_type -> hearth.v1alpha1.ReleaseRequest
+	4,  // 19: hearth.v1alpha1.AllocationService.Watch:input_type -> hearth.v1alpha1.WatchRequest
+	7,  // 20: hearth.v1alpha1.LoadService.Report:input_type -> hearth.v1alpha1.ReportRequest
+	16, // 21: hearth.v1alpha1.FunctionService.Apply:input_type -> hearth.v1alpha1.ApplyRequest
+	18, // 22: hearth.v1alpha1.FunctionService.Get:input_type -> hearth.v1alpha1.GetRequest
+	20, // 23: hearth.v1alpha1.FunctionService.List:input_type -> hearth.v1alpha1.ListRequest
+	22, // 24: hearth.v1alpha1.FunctionService.Delete:input_type -> hearth.v1alpha1.DeleteRequest
+	24, // 25: hearth.v1alpha1.FunctionService.ListInstances:input_type -> hearth.v1alpha1.ListInstancesRequest
+	10, // 26: hearth.v1alpha1.RuntimeService.ApplyRuntime:input_type -> hearth.v1alpha1.ApplyRuntimeRequest
+	12, // 27: hearth.v1alpha1.RuntimeService.ListRuntimes:input_type -> hearth.v1alpha1.ListRuntimesRequest
+	14, // 28: hearth.v1alpha1.RuntimeService.DeleteRuntime:input_type -> hearth.v1alpha1.DeleteRuntimeRequest
+	1,  // 29: hearth.v1alpha1.AllocationService.Allocate:output_type -> hearth.v1alpha1.AllocateResponse
+	3,  // 30: hearth.v1alpha1.AllocationService.Release:output_type -> hearth.v1alpha1.ReleaseResponse
+	5,  // 31: hearth.v1alpha1.AllocationService.Watch:output_type -> hearth.v1alpha1.WatchResponse
+	8,  // 32: hearth.v1alpha1.LoadService.Report:output_type -> hearth.v1alpha1.ReportResponse
+	17, // 33: hearth.v1alpha1.FunctionService.Apply:output_type -> hearth.v1alpha1.ApplyResponse
+	19, // 34: hearth.v1alpha1.FunctionService.Get:output_type -> hearth.v1alpha1.GetResponse
+	21, // 35: hearth.v1alpha1.FunctionService.List:output_type -> hearth.v1alpha1.ListResponse
+	23, // 36: hearth.v1alpha1.FunctionService.Delete:output_type -> hearth.v1alpha1.DeleteResponse
+	25, // 37: hearth.v1alpha1.FunctionService.ListInstances:output_type -> hearth.v1alpha1.ListInstancesResponse
+	11, // 38: hearth.v1alpha1.RuntimeService.ApplyRuntime:output_type -> hearth.v1alpha1.ApplyRuntimeResponse
+	13, // 39: hearth.v1alpha1.RuntimeService.ListRuntimes:output_type -> hearth.v1alpha1.ListRuntimesResponse
+	15, // 40: hearth.v1alpha1.RuntimeService.DeleteRuntime:output_type -> hearth.v1alpha1.DeleteRuntimeResponse
+	29, // [29:41] is the sub-list for method output_type
+	17, // [17:29] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_hearth_v1alpha1_allocation_proto_init() }
@@ -1269,9 +1557,9 @@ func file_hearth_v1alpha1_allocation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hearth_v1alpha1_allocation_proto_rawDesc), len(file_hearth_v1alpha1_allocation_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   27,
 			NumExtensions: 0,
-			NumServices:   3,
+			NumServices:   4,
 		},
 		GoTypes:           file_hearth_v1alpha1_allocation_proto_goTypes,
 		DependencyIndexes: file_hearth_v1alpha1_allocation_proto_depIdxs,

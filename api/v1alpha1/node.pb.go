@@ -25,8 +25,10 @@ const (
 type CreateInstanceRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Id is chosen by the caller: a repeated call returns the Instance that is there.
-	Id            string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Degree        Degree `protobuf:"varint,2,opt,name=degree,proto3,enum=hearth.v1alpha1.Degree" json:"degree,omitempty"`
+	Id     string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Degree Degree `protobuf:"varint,2,opt,name=degree,proto3,enum=hearth.v1alpha1.Degree" json:"degree,omitempty"`
+	// Runtime to boot, with DEGREE_RUNTIME.
+	Runtime       *Runtime `protobuf:"bytes,3,opt,name=runtime,proto3" json:"runtime,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -73,6 +75,13 @@ func (x *CreateInstanceRequest) GetDegree() Degree {
 		return x.Degree
 	}
 	return Degree_DEGREE_UNSPECIFIED
+}
+
+func (x *CreateInstanceRequest) GetRuntime() *Runtime {
+	if x != nil {
+		return x.Runtime
+	}
+	return nil
 }
 
 type CreateInstanceResponse struct {
@@ -232,6 +241,112 @@ func (x *ActivateResponse) GetPhases() []*Phase {
 	return nil
 }
 
+type FreezeRequest struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	InstanceId string                 `protobuf:"bytes,1,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
+	// Epoch of the caller; 0 is a human's.
+	Epoch int64 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// Reclaim asks the kernel to move the memory to swap, where it can.
+	Reclaim       bool `protobuf:"varint,3,opt,name=reclaim,proto3" json:"reclaim,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeRequest) Reset() {
+	*x = FreezeRequest{}
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeRequest) ProtoMessage() {}
+
+func (x *FreezeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeRequest.ProtoReflect.Descriptor instead.
+func (*FreezeRequest) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *FreezeRequest) GetInstanceId() string {
+	if x != nil {
+		return x.InstanceId
+	}
+	return ""
+}
+
+func (x *FreezeRequest) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *FreezeRequest) GetReclaim() bool {
+	if x != nil {
+		return x.Reclaim
+	}
+	return false
+}
+
+type FreezeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Instance      *Instance              `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeResponse) Reset() {
+	*x = FreezeResponse{}
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeResponse) ProtoMessage() {}
+
+func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeResponse.ProtoReflect.Descriptor instead.
+func (*FreezeResponse) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *FreezeResponse) GetInstance() *Instance {
+	if x != nil {
+		return x.Instance
+	}
+	return nil
+}
+
 type DiscardRequest struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	InstanceId string                 `protobuf:"bytes,1,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
@@ -245,7 +360,7 @@ type DiscardRequest struct {
 
 func (x *DiscardRequest) Reset() {
 	*x = DiscardRequest{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[4]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -257,7 +372,7 @@ func (x *DiscardRequest) String() string {
 func (*DiscardRequest) ProtoMessage() {}
 
 func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[4]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -270,7 +385,7 @@ func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiscardRequest.ProtoReflect.Descriptor instead.
 func (*DiscardRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{4}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *DiscardRequest) GetInstanceId() string {
@@ -302,7 +417,7 @@ type DiscardResponse struct {
 
 func (x *DiscardResponse) Reset() {
 	*x = DiscardResponse{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[5]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -314,7 +429,7 @@ func (x *DiscardResponse) String() string {
 func (*DiscardResponse) ProtoMessage() {}
 
 func (x *DiscardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[5]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -327,7 +442,7 @@ func (x *DiscardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiscardResponse.ProtoReflect.Descriptor instead.
 func (*DiscardResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{5}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{7}
 }
 
 type WatchInstancesRequest struct {
@@ -338,7 +453,7 @@ type WatchInstancesRequest struct {
 
 func (x *WatchInstancesRequest) Reset() {
 	*x = WatchInstancesRequest{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[6]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -350,7 +465,7 @@ func (x *WatchInstancesRequest) String() string {
 func (*WatchInstancesRequest) ProtoMessage() {}
 
 func (x *WatchInstancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[6]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -363,7 +478,7 @@ func (x *WatchInstancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchInstancesRequest.ProtoReflect.Descriptor instead.
 func (*WatchInstancesRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{6}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{8}
 }
 
 type WatchInstancesResponse struct {
@@ -382,7 +497,7 @@ type WatchInstancesResponse struct {
 
 func (x *WatchInstancesResponse) Reset() {
 	*x = WatchInstancesResponse{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[7]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -394,7 +509,7 @@ func (x *WatchInstancesResponse) String() string {
 func (*WatchInstancesResponse) ProtoMessage() {}
 
 func (x *WatchInstancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[7]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -407,7 +522,7 @@ func (x *WatchInstancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchInstancesResponse.ProtoReflect.Descriptor instead.
 func (*WatchInstancesResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{7}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *WatchInstancesResponse) GetEvent() isWatchInstancesResponse_Event {
@@ -478,7 +593,7 @@ type PrepareRevisionRequest struct {
 
 func (x *PrepareRevisionRequest) Reset() {
 	*x = PrepareRevisionRequest{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[8]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -490,7 +605,7 @@ func (x *PrepareRevisionRequest) String() string {
 func (*PrepareRevisionRequest) ProtoMessage() {}
 
 func (x *PrepareRevisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[8]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -503,7 +618,7 @@ func (x *PrepareRevisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRevisionRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRevisionRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{8}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PrepareRevisionRequest) GetRevision() *Revision {
@@ -531,7 +646,7 @@ type PrepareRevisionResponse struct {
 
 func (x *PrepareRevisionResponse) Reset() {
 	*x = PrepareRevisionResponse{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[9]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -543,7 +658,7 @@ func (x *PrepareRevisionResponse) String() string {
 func (*PrepareRevisionResponse) ProtoMessage() {}
 
 func (x *PrepareRevisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[9]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -556,7 +671,7 @@ func (x *PrepareRevisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRevisionResponse.ProtoReflect.Descriptor instead.
 func (*PrepareRevisionResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{9}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PrepareRevisionResponse) GetImage() string {
@@ -583,7 +698,7 @@ type ForgetRevisionRequest struct {
 
 func (x *ForgetRevisionRequest) Reset() {
 	*x = ForgetRevisionRequest{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[10]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -595,7 +710,7 @@ func (x *ForgetRevisionRequest) String() string {
 func (*ForgetRevisionRequest) ProtoMessage() {}
 
 func (x *ForgetRevisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[10]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -608,7 +723,7 @@ func (x *ForgetRevisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetRevisionRequest.ProtoReflect.Descriptor instead.
 func (*ForgetRevisionRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{10}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ForgetRevisionRequest) GetRevision() *Revision {
@@ -633,7 +748,7 @@ type ForgetRevisionResponse struct {
 
 func (x *ForgetRevisionResponse) Reset() {
 	*x = ForgetRevisionResponse{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[11]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -645,7 +760,7 @@ func (x *ForgetRevisionResponse) String() string {
 func (*ForgetRevisionResponse) ProtoMessage() {}
 
 func (x *ForgetRevisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[11]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -658,7 +773,7 @@ func (x *ForgetRevisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetRevisionResponse.ProtoReflect.Descriptor instead.
 func (*ForgetRevisionResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{11}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{13}
 }
 
 type LogsRequest struct {
@@ -675,7 +790,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[12]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -687,7 +802,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[12]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -700,7 +815,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{12}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LogsRequest) GetFunction() string {
@@ -742,7 +857,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[13]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -754,7 +869,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_node_proto_msgTypes[13]
+	mi := &file_hearth_v1alpha1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -767,7 +882,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{13}
+	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *LogsResponse) GetInstanceId() string {
@@ -788,10 +903,11 @@ var File_hearth_v1alpha1_node_proto protoreflect.FileDescriptor
 
 const file_hearth_v1alpha1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x1ahearth/v1alpha1/node.proto\x12\x0fhearth.v1alpha1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bhearth/v1alpha1/types.proto\"X\n" +
+	"\x1ahearth/v1alpha1/node.proto\x12\x0fhearth.v1alpha1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bhearth/v1alpha1/types.proto\"\x8c\x01\n" +
 	"\x15CreateInstanceRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
-	"\x06degree\x18\x02 \x01(\x0e2\x17.hearth.v1alpha1.DegreeR\x06degree\"O\n" +
+	"\x06degree\x18\x02 \x01(\x0e2\x17.hearth.v1alpha1.DegreeR\x06degree\x122\n" +
+	"\aruntime\x18\x03 \x01(\v2\x18.hearth.v1alpha1.RuntimeR\aruntime\"O\n" +
 	"\x16CreateInstanceResponse\x125\n" +
 	"\binstance\x18\x01 \x01(\v2\x19.hearth.v1alpha1.InstanceR\binstance\"\x97\x01\n" +
 	"\x0fActivateRequest\x12\x1f\n" +
@@ -801,7 +917,14 @@ const file_hearth_v1alpha1_node_proto_rawDesc = "" +
 	"\brevision\x18\x03 \x01(\v2\x19.hearth.v1alpha1.RevisionR\brevision\"y\n" +
 	"\x10ActivateResponse\x125\n" +
 	"\binstance\x18\x01 \x01(\v2\x19.hearth.v1alpha1.InstanceR\binstance\x12.\n" +
-	"\x06phases\x18\x02 \x03(\v2\x16.hearth.v1alpha1.PhaseR\x06phases\"x\n" +
+	"\x06phases\x18\x02 \x03(\v2\x16.hearth.v1alpha1.PhaseR\x06phases\"`\n" +
+	"\rFreezeRequest\x12\x1f\n" +
+	"\vinstance_id\x18\x01 \x01(\tR\n" +
+	"instanceId\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x18\n" +
+	"\areclaim\x18\x03 \x01(\bR\areclaim\"G\n" +
+	"\x0eFreezeResponse\x125\n" +
+	"\binstance\x18\x01 \x01(\v2\x19.hearth.v1alpha1.InstanceR\binstance\"x\n" +
 	"\x0eDiscardRequest\x12\x1f\n" +
 	"\vinstance_id\x18\x01 \x01(\tR\n" +
 	"instanceId\x12\x14\n" +
@@ -834,10 +957,11 @@ const file_hearth_v1alpha1_node_proto_rawDesc = "" +
 	"\fLogsResponse\x12\x1f\n" +
 	"\vinstance_id\x18\x01 \x01(\tR\n" +
 	"instanceId\x12\x12\n" +
-	"\x04line\x18\x02 \x01(\fR\x04line2\x84\x05\n" +
+	"\x04line\x18\x02 \x01(\fR\x04line2\xcf\x05\n" +
 	"\vNodeService\x12a\n" +
 	"\x0eCreateInstance\x12&.hearth.v1alpha1.CreateInstanceRequest\x1a'.hearth.v1alpha1.CreateInstanceResponse\x12O\n" +
-	"\bActivate\x12 .hearth.v1alpha1.ActivateRequest\x1a!.hearth.v1alpha1.ActivateResponse\x12L\n" +
+	"\bActivate\x12 .hearth.v1alpha1.ActivateRequest\x1a!.hearth.v1alpha1.ActivateResponse\x12I\n" +
+	"\x06Freeze\x12\x1e.hearth.v1alpha1.FreezeRequest\x1a\x1f.hearth.v1alpha1.FreezeResponse\x12L\n" +
 	"\aDiscard\x12\x1f.hearth.v1alpha1.DiscardRequest\x1a .hearth.v1alpha1.DiscardResponse\x12c\n" +
 	"\x0eWatchInstances\x12&.hearth.v1alpha1.WatchInstancesRequest\x1a'.hearth.v1alpha1.WatchInstancesResponse0\x01\x12d\n" +
 	"\x0fPrepareRevision\x12'.hearth.v1alpha1.PrepareRevisionRequest\x1a(.hearth.v1alpha1.PrepareRevisionResponse\x12a\n" +
@@ -856,60 +980,67 @@ func file_hearth_v1alpha1_node_proto_rawDescGZIP() []byte {
 	return file_hearth_v1alpha1_node_proto_rawDescData
 }
 
-var file_hearth_v1alpha1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_hearth_v1alpha1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_hearth_v1alpha1_node_proto_goTypes = []any{
 	(*CreateInstanceRequest)(nil),   // 0: hearth.v1alpha1.CreateInstanceRequest
 	(*CreateInstanceResponse)(nil),  // 1: hearth.v1alpha1.CreateInstanceResponse
 	(*ActivateRequest)(nil),         // 2: hearth.v1alpha1.ActivateRequest
 	(*ActivateResponse)(nil),        // 3: hearth.v1alpha1.ActivateResponse
-	(*DiscardRequest)(nil),          // 4: hearth.v1alpha1.DiscardRequest
-	(*DiscardResponse)(nil),         // 5: hearth.v1alpha1.DiscardResponse
-	(*WatchInstancesRequest)(nil),   // 6: hearth.v1alpha1.WatchInstancesRequest
-	(*WatchInstancesResponse)(nil),  // 7: hearth.v1alpha1.WatchInstancesResponse
-	(*PrepareRevisionRequest)(nil),  // 8: hearth.v1alpha1.PrepareRevisionRequest
-	(*PrepareRevisionResponse)(nil), // 9: hearth.v1alpha1.PrepareRevisionResponse
-	(*ForgetRevisionRequest)(nil),   // 10: hearth.v1alpha1.ForgetRevisionRequest
-	(*ForgetRevisionResponse)(nil),  // 11: hearth.v1alpha1.ForgetRevisionResponse
-	(*LogsRequest)(nil),             // 12: hearth.v1alpha1.LogsRequest
-	(*LogsResponse)(nil),            // 13: hearth.v1alpha1.LogsResponse
-	(Degree)(0),                     // 14: hearth.v1alpha1.Degree
-	(*Instance)(nil),                // 15: hearth.v1alpha1.Instance
-	(*Claim)(nil),                   // 16: hearth.v1alpha1.Claim
-	(*Revision)(nil),                // 17: hearth.v1alpha1.Revision
-	(*Phase)(nil),                   // 18: hearth.v1alpha1.Phase
-	(*durationpb.Duration)(nil),     // 19: google.protobuf.Duration
+	(*FreezeRequest)(nil),           // 4: hearth.v1alpha1.FreezeRequest
+	(*FreezeResponse)(nil),          // 5: hearth.v1alpha1.FreezeResponse
+	(*DiscardRequest)(nil),          // 6: hearth.v1alpha1.DiscardRequest
+	(*DiscardResponse)(nil),         // 7: hearth.v1alpha1.DiscardResponse
+	(*WatchInstancesRequest)(nil),   // 8: hearth.v1alpha1.WatchInstancesRequest
+	(*WatchInstancesResponse)(nil),  // 9: hearth.v1alpha1.WatchInstancesResponse
+	(*PrepareRevisionRequest)(nil),  // 10: hearth.v1alpha1.PrepareRevisionRequest
+	(*PrepareRevisionResponse)(nil), // 11: hearth.v1alpha1.PrepareRevisionResponse
+	(*ForgetRevisionRequest)(nil),   // 12: hearth.v1alpha1.ForgetRevisionRequest
+	(*ForgetRevisionResponse)(nil),  // 13: hearth.v1alpha1.ForgetRevisionResponse
+	(*LogsRequest)(nil),             // 14: hearth.v1alpha1.LogsRequest
+	(*LogsResponse)(nil),            // 15: hearth.v1alpha1.LogsResponse
+	(Degree)(0),                     // 16: hearth.v1alpha1.Degree
+	(*Runtime)(nil),                 // 17: hearth.v1alpha1.Runtime
+	(*Instance)(nil),                // 18: hearth.v1alpha1.Instance
+	(*Claim)(nil),                   // 19: hearth.v1alpha1.Claim
+	(*Revision)(nil),                // 20: hearth.v1alpha1.Revision
+	(*Phase)(nil),                   // 21: hearth.v1alpha1.Phase
+	(*durationpb.Duration)(nil),     // 22: google.protobuf.Duration
 }
 var file_hearth_v1alpha1_node_proto_depIdxs = []int32{
-	14, // 0: hearth.v1alpha1.CreateInstanceRequest.degree:type_name -> hearth.v1alpha1.Degree
-	15, // 1: hearth.v1alpha1.CreateInstanceResponse.instance:type_name -> hearth.v1alpha1.Instance
-	16, // 2: hearth.v1alpha1.ActivateRequest.claim:type_name -> hearth.v1alpha1.Claim
-	17, // 3: hearth.v1alpha1.ActivateRequest.revision:type_name -> hearth.v1alpha1.Revision
-	15, // 4: hearth.v1alpha1.ActivateResponse.instance:type_name -> hearth.v1alpha1.Instance
-	18, // 5: hearth.v1alpha1.ActivateResponse.phases:type_name -> hearth.v1alpha1.Phase
-	19, // 6: hearth.v1alpha1.DiscardRequest.grace:type_name -> google.protobuf.Duration
-	15, // 7: hearth.v1alpha1.WatchInstancesResponse.instance:type_name -> hearth.v1alpha1.Instance
-	17, // 8: hearth.v1alpha1.PrepareRevisionRequest.revision:type_name -> hearth.v1alpha1.Revision
-	18, // 9: hearth.v1alpha1.PrepareRevisionResponse.phases:type_name -> hearth.v1alpha1.Phase
-	17, // 10: hearth.v1alpha1.ForgetRevisionRequest.revision:type_name -> hearth.v1alpha1.Revision
-	0,  // 11: hearth.v1alpha1.NodeService.CreateInstance:input_type -> hearth.v1alpha1.CreateInstanceRequest
-	2,  // 12: hearth.v1alpha1.NodeService.Activate:input_type -> hearth.v1alpha1.ActivateRequest
-	4,  // 13: hearth.v1alpha1.NodeService.Discard:input_type -> hearth.v1alpha1.DiscardRequest
-	6,  // 14: hearth.v1alpha1.NodeService.WatchInstances:input_type -> hearth.v1alpha1.WatchInstancesRequest
-	8,  // 15: hearth.v1alpha1.NodeService.PrepareRevision:input_type -> hearth.v1alpha1.PrepareRevisionRequest
-	10, // 16: hearth.v1alpha1.NodeService.ForgetRevision:input_type -> hearth.v1alpha1.ForgetRevisionRequest
-	12, // 17: hearth.v1alpha1.NodeService.Logs:input_type -> hearth.v1alpha1.LogsRequest
-	1,  // 18: hearth.v1alpha1.NodeService.CreateInstance:output_type -> hearth.v1alpha1.CreateInstanceResponse
-	3,  // 19: hearth.v1alpha1.NodeService.Activate:output_type -> hearth.v1alpha1.ActivateResponse
-	5,  // 20: hearth.v1alpha1.NodeService.Discard:output_type -> hearth.v1alpha1.DiscardResponse
-	7,  // 21: hearth.v1alpha1.NodeService.WatchInstances:output_type -> hearth.v1alpha1.WatchInstancesResponse
-	9,  // 22: hearth.v1alpha1.NodeService.PrepareRevision:output_type -> hearth.v1alpha1.PrepareRevisionResponse
-	11, // 23: hearth.v1alpha1.NodeService.ForgetRevision:output_type -> hearth.v1alpha1.ForgetRevisionResponse
-	13, // 24: hearth.v1alpha1.NodeService.Logs:output_type -> hearth.v1alpha1.LogsResponse
-	18, // [18:25] is the sub-list for method output_type
-	11, // [11:18] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	16, // 0: hearth.v1alpha1.CreateInstanceRequest.degree:type_name -> hearth.v1alpha1.Degree
+	17, // 1: hearth.v1alpha1.CreateInstanceRequest.runtime:type_name -> hearth.v1alpha1.Runtime
+	18, // 2: hearth.v1alpha1.CreateInstanceResponse.instance:type_name -> hearth.v1alpha1.Instance
+	19, // 3: hearth.v1alpha1.ActivateRequest.claim:type_name -> hearth.v1alpha1.Claim
+	20, // 4: hearth.v1alpha1.ActivateRequest.revision:type_name -> hearth.v1alpha1.Revision
+	18, // 5: hearth.v1alpha1.ActivateResponse.instance:type_name -> hearth.v1alpha1.Instance
+	21, // 6: hearth.v1alpha1.ActivateResponse.phases:type_name -> hearth.v1alpha1.Phase
+	18, // 7: hearth.v1alpha1.FreezeResponse.instance:type_name -> hearth.v1alpha1.Instance
+	22, // 8: hearth.v1alpha1.DiscardRequest.grace:type_name -> google.protobuf.Duration
+	18, // 9: hearth.v1alpha1.WatchInstancesResponse.instance:type_name -> hearth.v1alpha1.Instance
+	20, // 10: hearth.v1alpha1.PrepareRevisionRequest.revision:type_name -> hearth.v1alpha1.Revision
+	21, // 11: hearth.v1alpha1.PrepareRevisionResponse.phases:type_name -> hearth.v1alpha1.Phase
+	20, // 12: hearth.v1alpha1.ForgetRevisionRequest.revision:type_name -> hearth.v1alpha1.Revision
+	0,  // 13: hearth.v1alpha1.NodeService.CreateInstance:input_type -> hearth.v1alpha1.CreateInstanceRequest
+	2,  // 14: hearth.v1alpha1.NodeService.Activate:input_type -> hearth.v1alpha1.ActivateRequest
+	4,  // 15: hearth.v1alpha1.NodeService.Freeze:input_type -> hearth.v1alpha1.FreezeRequest
+	6,  // 16: hearth.v1alpha1.NodeService.Discard:input_type -> hearth.v1alpha1.DiscardRequest
+	8,  // 17: hearth.v1alpha1.NodeService.WatchInstances:input_type -> hearth.v1alpha1.WatchInstancesRequest
+	10, // 18: hearth.v1alpha1.NodeService.PrepareRevision:input_type -> hearth.v1alpha1.PrepareRevisionRequest
+	12, // 19: hearth.v1alpha1.NodeService.ForgetRevision:input_type -> hearth.v1alpha1.ForgetRevisionRequest
+	14, // 20: hearth.v1alpha1.NodeService.Logs:input_type -> hearth.v1alpha1.LogsRequest
+	1,  // 21: hearth.v1alpha1.NodeService.CreateInstance:output_type -> hearth.v1alpha1.CreateInstanceResponse
+	3,  // 22: hearth.v1alpha1.NodeService.Activate:output_type -> hearth.v1alpha1.ActivateResponse
+	5,  // 23: hearth.v1alpha1.NodeService.Freeze:output_type -> hearth.v1alpha1.FreezeResponse
+	7,  // 24: hearth.v1alpha1.NodeService.Discard:output_type -> hearth.v1alpha1.DiscardResponse
+	9,  // 25: hearth.v1alpha1.NodeService.WatchInstances:output_type -> hearth.v1alpha1.WatchInstancesResponse
+	11, // 26: hearth.v1alpha1.NodeService.PrepareRevision:output_type -> hearth.v1alpha1.PrepareRevisionResponse
+	13, // 27: hearth.v1alpha1.NodeService.ForgetRevision:output_type -> hearth.v1alpha1.ForgetRevisionResponse
+	15, // 28: hearth.v1alpha1.NodeService.Logs:output_type -> hearth.v1alpha1.LogsResponse
+	21, // [21:29] is the sub-list for method output_type
+	13, // [13:21] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_hearth_v1alpha1_node_proto_init() }
@@ -918,7 +1049,7 @@ func file_hearth_v1alpha1_node_proto_init() {
 		return
 	}
 	file_hearth_v1alpha1_types_proto_init()
-	file_hearth_v1alpha1_node_proto_msgTypes[7].OneofWrappers = []any{
+	file_hearth_v1alpha1_node_proto_msgTypes[9].OneofWrappers = []any{
 		(*WatchInstancesResponse_Instance)(nil),
 		(*WatchInstancesResponse_Synced)(nil),
 	}
@@ -928,7 +1059,7 @@ func file_hearth_v1alpha1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hearth_v1alpha1_node_proto_rawDesc), len(file_hearth_v1alpha1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

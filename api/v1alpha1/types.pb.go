@@ -26,6 +26,56 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Signature is how a Function's code wants to be called; the Functions Framework's contracts.
+type Signature int32
+
+const (
+	Signature_SIGNATURE_UNSPECIFIED Signature = 0 // HTTP
+	Signature_SIGNATURE_HTTP        Signature = 1
+	Signature_SIGNATURE_CLOUDEVENT  Signature = 2
+)
+
+// Enum value maps for Signature.
+var (
+	Signature_name = map[int32]string{
+		0: "SIGNATURE_UNSPECIFIED",
+		1: "SIGNATURE_HTTP",
+		2: "SIGNATURE_CLOUDEVENT",
+	}
+	Signature_value = map[string]int32{
+		"SIGNATURE_UNSPECIFIED": 0,
+		"SIGNATURE_HTTP":        1,
+		"SIGNATURE_CLOUDEVENT":  2,
+	}
+)
+
+func (x Signature) Enum() *Signature {
+	p := new(Signature)
+	*p = x
+	return p
+}
+
+func (x Signature) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Signature) Descriptor() protoreflect.EnumDescriptor {
+	return file_hearth_v1alpha1_types_proto_enumTypes[0].Descriptor()
+}
+
+func (Signature) Type() protoreflect.EnumType {
+	return &file_hearth_v1alpha1_types_proto_enumTypes[0]
+}
+
+func (x Signature) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Signature.Descriptor instead.
+func (Signature) EnumDescriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{0}
+}
+
 // State is where an Instance stands on its one-way street.
 type State int32
 
@@ -75,11 +125,11 @@ func (x State) String() string {
 }
 
 func (State) Descriptor() protoreflect.EnumDescriptor {
-	return file_hearth_v1alpha1_types_proto_enumTypes[0].Descriptor()
+	return file_hearth_v1alpha1_types_proto_enumTypes[1].Descriptor()
 }
 
 func (State) Type() protoreflect.EnumType {
-	return &file_hearth_v1alpha1_types_proto_enumTypes[0]
+	return &file_hearth_v1alpha1_types_proto_enumTypes[1]
 }
 
 func (x State) Number() protoreflect.EnumNumber {
@@ -88,7 +138,7 @@ func (x State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use State.Descriptor instead.
 func (State) EnumDescriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{0}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{1}
 }
 
 // Degree is how warm a pooled Instance is.
@@ -128,11 +178,11 @@ func (x Degree) String() string {
 }
 
 func (Degree) Descriptor() protoreflect.EnumDescriptor {
-	return file_hearth_v1alpha1_types_proto_enumTypes[1].Descriptor()
+	return file_hearth_v1alpha1_types_proto_enumTypes[2].Descriptor()
 }
 
 func (Degree) Type() protoreflect.EnumType {
-	return &file_hearth_v1alpha1_types_proto_enumTypes[1]
+	return &file_hearth_v1alpha1_types_proto_enumTypes[2]
 }
 
 func (x Degree) Number() protoreflect.EnumNumber {
@@ -141,7 +191,7 @@ func (x Degree) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Degree.Descriptor instead.
 func (Degree) EnumDescriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{1}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{2}
 }
 
 // Function is what a user deploys.
@@ -206,10 +256,165 @@ func (x *Function) GetStatus() *FunctionStatus {
 	return nil
 }
 
-// FunctionSpec is the user's part of a Function. Zero values mean the defaults that are named at each field.
+// Runtime is a language environment that is booted before any Function is known.
+type Runtime struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name is a DNS label, unique in the deployment: python, node, java, native, or a user's own.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Image whose entrypoint is a loader (docs/RUNTIMES.md); resolved to a digest when it is applied.
+	Image string `protobuf:"bytes,2,opt,name=image,proto3" json:"image,omitempty"`
+	// Preload names libraries that the loader loads while it boots, in the language's own terms: modules of Python or Node,
+	// classes of Java.
+	Preload []string          `protobuf:"bytes,3,rep,name=preload,proto3" json:"preload,omitempty"`
+	Env     map[string]string `protobuf:"bytes,4,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Warm is how many booted Instances wait on each node; 0 boots one only when a Function asks.
+	Warm int32 `protobuf:"varint,5,opt,name=warm,proto3" json:"warm,omitempty"`
+	// Generation counts accepted changes, from 1; poolmanager sets it. Instances of an older one are replaced.
+	Generation    int64 `protobuf:"varint,6,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Runtime) Reset() {
+	*x = Runtime{}
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Runtime) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Runtime) ProtoMessage() {}
+
+func (x *Runtime) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Runtime.ProtoReflect.Descriptor instead.
+func (*Runtime) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Runtime) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Runtime) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *Runtime) GetPreload() []string {
+	if x != nil {
+		return x.Preload
+	}
+	return nil
+}
+
+func (x *Runtime) GetEnv() map[string]string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+func (x *Runtime) GetWarm() int32 {
+	if x != nil {
+		return x.Warm
+	}
+	return 0
+}
+
+func (x *Runtime) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+// Code is what a Function runs in a Runtime.
+type Code struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Package is an OCI image, by digest, whose layers are the code: found at /workspace, read-only.
+	Package string `protobuf:"bytes,1,opt,name=package,proto3" json:"package,omitempty"`
+	// Handler in the language's own terms: MODULE.FUNCTION in Python and Node, a class in Java, the path of a program in native.
+	Handler       string    `protobuf:"bytes,2,opt,name=handler,proto3" json:"handler,omitempty"`
+	Signature     Signature `protobuf:"varint,3,opt,name=signature,proto3,enum=hearth.v1alpha1.Signature" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Code) Reset() {
+	*x = Code{}
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Code) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Code) ProtoMessage() {}
+
+func (x *Code) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Code.ProtoReflect.Descriptor instead.
+func (*Code) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Code) GetPackage() string {
+	if x != nil {
+		return x.Package
+	}
+	return ""
+}
+
+func (x *Code) GetHandler() string {
+	if x != nil {
+		return x.Handler
+	}
+	return ""
+}
+
+func (x *Code) GetSignature() Signature {
+	if x != nil {
+		return x.Signature
+	}
+	return Signature_SIGNATURE_UNSPECIFIED
+}
+
+// FunctionSpec is the user's part of a Function: an image, or a Runtime with code for it. Zero values mean the defaults that are
+// named at each field.
 type FunctionSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Image is a reference that containerd accepts; resolved to a digest when the Revision is made.
+	// Image is a reference that containerd accepts; resolved to a digest when the Revision is made. Empty with a Runtime.
 	Image string `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
 	// Port is where the process listens and what it finds in $PORT; default 8080.
 	Port int32             `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
@@ -221,15 +426,20 @@ type FunctionSpec struct {
 	// Hosts are further host names that the gateway routes here, besides NAME.DOMAIN and /fn/NAME.
 	Hosts []string `protobuf:"bytes,7,rep,name=hosts,proto3" json:"hosts,omitempty"`
 	// Timeout is the longest a request may take from its arrival at the gateway to the first byte of its answer; default 60 s.
-	Timeout       *durationpb.Duration `protobuf:"bytes,8,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	Resources     *Resources           `protobuf:"bytes,9,opt,name=resources,proto3" json:"resources,omitempty"`
+	Timeout   *durationpb.Duration `protobuf:"bytes,8,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	Resources *Resources           `protobuf:"bytes,9,opt,name=resources,proto3" json:"resources,omitempty"`
+	// Runtime by name, and the code that runs in it. Both or neither.
+	Runtime string `protobuf:"bytes,10,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	Code    *Code  `protobuf:"bytes,11,opt,name=code,proto3" json:"code,omitempty"`
+	// Secrets are files that the process finds below /run/secrets, in memory only.
+	Secrets       map[string][]byte `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FunctionSpec) Reset() {
 	*x = FunctionSpec{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[1]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -241,7 +451,7 @@ func (x *FunctionSpec) String() string {
 func (*FunctionSpec) ProtoMessage() {}
 
 func (x *FunctionSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[1]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -254,7 +464,7 @@ func (x *FunctionSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FunctionSpec.ProtoReflect.Descriptor instead.
 func (*FunctionSpec) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{1}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *FunctionSpec) GetImage() string {
@@ -320,6 +530,27 @@ func (x *FunctionSpec) GetResources() *Resources {
 	return nil
 }
 
+func (x *FunctionSpec) GetRuntime() string {
+	if x != nil {
+		return x.Runtime
+	}
+	return ""
+}
+
+func (x *FunctionSpec) GetCode() *Code {
+	if x != nil {
+		return x.Code
+	}
+	return nil
+}
+
+func (x *FunctionSpec) GetSecrets() map[string][]byte {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
 // Scaling bounds and shapes the number of Instances of a Function.
 type Scaling struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -334,14 +565,17 @@ type Scaling struct {
 	// Grace is how long the last Instance stays after the window has fallen silent; default 30 s.
 	Grace *durationpb.Duration `protobuf:"bytes,5,opt,name=grace,proto3" json:"grace,omitempty"`
 	// Queue is how many requests may wait in one gateway for an Instance of this Function; default 1000.
-	Queue         int32 `protobuf:"varint,6,opt,name=queue,proto3" json:"queue,omitempty"`
+	Queue int32 `protobuf:"varint,6,opt,name=queue,proto3" json:"queue,omitempty"`
+	// Frozen is how many Instances that are not needed are kept frozen, to be thawed before any other is claimed; 0 means 1, and
+	// negative none.
+	Frozen        int32 `protobuf:"varint,7,opt,name=frozen,proto3" json:"frozen,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Scaling) Reset() {
 	*x = Scaling{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[2]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -353,7 +587,7 @@ func (x *Scaling) String() string {
 func (*Scaling) ProtoMessage() {}
 
 func (x *Scaling) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[2]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -366,7 +600,7 @@ func (x *Scaling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scaling.ProtoReflect.Descriptor instead.
 func (*Scaling) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{2}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Scaling) GetConcurrency() int32 {
@@ -411,6 +645,13 @@ func (x *Scaling) GetQueue() int32 {
 	return 0
 }
 
+func (x *Scaling) GetFrozen() int32 {
+	if x != nil {
+		return x.Frozen
+	}
+	return 0
+}
+
 // Resources limit an Instance. Zero means no limit.
 type Resources struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -422,7 +663,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[3]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -434,7 +675,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[3]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -447,7 +688,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{3}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Resources) GetMemoryBytes() int64 {
@@ -485,7 +726,7 @@ type FunctionStatus struct {
 
 func (x *FunctionStatus) Reset() {
 	*x = FunctionStatus{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[4]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -497,7 +738,7 @@ func (x *FunctionStatus) String() string {
 func (*FunctionStatus) ProtoMessage() {}
 
 func (x *FunctionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[4]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -510,7 +751,7 @@ func (x *FunctionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FunctionStatus.ProtoReflect.Descriptor instead.
 func (*FunctionStatus) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{4}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *FunctionStatus) GetGeneration() int64 {
@@ -576,19 +817,25 @@ type Revision struct {
 	Name     string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Function string `protobuf:"bytes,2,opt,name=function,proto3" json:"function,omitempty"`
 	// Image by digest when it could be resolved at deploy, otherwise as the user wrote it.
-	Image         string            `protobuf:"bytes,3,opt,name=image,proto3" json:"image,omitempty"`
-	Port          int32             `protobuf:"varint,4,opt,name=port,proto3" json:"port,omitempty"`
-	Env           map[string]string `protobuf:"bytes,5,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Command       []string          `protobuf:"bytes,6,rep,name=command,proto3" json:"command,omitempty"`
-	Args          []string          `protobuf:"bytes,7,rep,name=args,proto3" json:"args,omitempty"`
-	Resources     *Resources        `protobuf:"bytes,8,opt,name=resources,proto3" json:"resources,omitempty"`
+	Image     string            `protobuf:"bytes,3,opt,name=image,proto3" json:"image,omitempty"`
+	Port      int32             `protobuf:"varint,4,opt,name=port,proto3" json:"port,omitempty"`
+	Env       map[string]string `protobuf:"bytes,5,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Command   []string          `protobuf:"bytes,6,rep,name=command,proto3" json:"command,omitempty"`
+	Args      []string          `protobuf:"bytes,7,rep,name=args,proto3" json:"args,omitempty"`
+	Resources *Resources        `protobuf:"bytes,8,opt,name=resources,proto3" json:"resources,omitempty"`
+	// Runtime with its code, or nothing; then image is empty.
+	Runtime *Runtime          `protobuf:"bytes,9,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	Code    *Code             `protobuf:"bytes,10,opt,name=code,proto3" json:"code,omitempty"`
+	Secrets map[string][]byte `protobuf:"bytes,11,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Concurrency is how many requests one Instance serves at once, a hard limit.
+	Concurrency   int32 `protobuf:"varint,12,opt,name=concurrency,proto3" json:"concurrency,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Revision) Reset() {
 	*x = Revision{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[5]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +847,7 @@ func (x *Revision) String() string {
 func (*Revision) ProtoMessage() {}
 
 func (x *Revision) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[5]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +860,7 @@ func (x *Revision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revision.ProtoReflect.Descriptor instead.
 func (*Revision) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{5}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Revision) GetName() string {
@@ -672,6 +919,34 @@ func (x *Revision) GetResources() *Resources {
 	return nil
 }
 
+func (x *Revision) GetRuntime() *Runtime {
+	if x != nil {
+		return x.Runtime
+	}
+	return nil
+}
+
+func (x *Revision) GetCode() *Code {
+	if x != nil {
+		return x.Code
+	}
+	return nil
+}
+
+func (x *Revision) GetSecrets() map[string][]byte {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
+func (x *Revision) GetConcurrency() int32 {
+	if x != nil {
+		return x.Concurrency
+	}
+	return 0
+}
+
 // Claim is the one-time assignment of an Instance to a Revision.
 type Claim struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -687,7 +962,7 @@ type Claim struct {
 
 func (x *Claim) Reset() {
 	*x = Claim{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[6]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +974,7 @@ func (x *Claim) String() string {
 func (*Claim) ProtoMessage() {}
 
 func (x *Claim) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[6]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +987,7 @@ func (x *Claim) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Claim.ProtoReflect.Descriptor instead.
 func (*Claim) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{6}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Claim) GetId() string {
@@ -744,18 +1019,26 @@ type Instance struct {
 	State  State                  `protobuf:"varint,3,opt,name=state,proto3,enum=hearth.v1alpha1.State" json:"state,omitempty"`
 	Degree Degree                 `protobuf:"varint,4,opt,name=degree,proto3,enum=hearth.v1alpha1.Degree" json:"degree,omitempty"`
 	// Address is HOST:PORT once it serves, and the sandbox's IP before.
-	Address       string                 `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"`
-	Claim         *Claim                 `protobuf:"bytes,6,opt,name=claim,proto3" json:"claim,omitempty"`
-	Function      string                 `protobuf:"bytes,7,opt,name=function,proto3" json:"function,omitempty"`
-	Revision      string                 `protobuf:"bytes,8,opt,name=revision,proto3" json:"revision,omitempty"`
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	Address   string                 `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"`
+	Claim     *Claim                 `protobuf:"bytes,6,opt,name=claim,proto3" json:"claim,omitempty"`
+	Function  string                 `protobuf:"bytes,7,opt,name=function,proto3" json:"function,omitempty"`
+	Revision  string                 `protobuf:"bytes,8,opt,name=revision,proto3" json:"revision,omitempty"`
+	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	// Runtime that is booted in it, by name and generation; empty for a sandbox.
+	Runtime           string `protobuf:"bytes,10,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	RuntimeGeneration int64  `protobuf:"varint,11,opt,name=runtime_generation,json=runtimeGeneration,proto3" json:"runtime_generation,omitempty"`
+	// Version grows with each change of this Instance on its node, over restarts of the node too: of two messages the one with the
+	// higher version is the newer, for states may come again (Serving and Frozen).
+	Version int64 `protobuf:"varint,12,opt,name=version,proto3" json:"version,omitempty"`
+	// Memory_bytes it used when it was frozen.
+	MemoryBytes   int64 `protobuf:"varint,13,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[7]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -767,7 +1050,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[7]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -780,7 +1063,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{7}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Instance) GetId() string {
@@ -846,10 +1129,39 @@ func (x *Instance) GetCreatedAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Instance) GetRuntime() string {
+	if x != nil {
+		return x.Runtime
+	}
+	return ""
+}
+
+func (x *Instance) GetRuntimeGeneration() int64 {
+	if x != nil {
+		return x.RuntimeGeneration
+	}
+	return 0
+}
+
+func (x *Instance) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *Instance) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
 // Phase is a part of a start. Phases may overlap: a layer is unpacked while it is fetched.
 type Phase struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Name: queue, sandbox (until one is claimed), resolve, fetch, decompress, unpack, image, create, process, first_byte, …
+	// Name: queue, sandbox (until one is claimed), resolve, fetch, decompress, unpack, image, create, thaw, mount, load,
+	// process, first_byte, …
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Offset from the beginning of the start.
 	Offset   *durationpb.Duration `protobuf:"bytes,2,opt,name=offset,proto3" json:"offset,omitempty"`
@@ -862,7 +1174,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[8]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -874,7 +1186,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[8]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -887,7 +1199,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{8}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Phase) GetName() string {
@@ -926,7 +1238,23 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\bFunction\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1d.hearth.v1alpha1.FunctionSpecR\x04spec\x127\n" +
-	"\x06status\x18\x03 \x01(\v2\x1f.hearth.v1alpha1.FunctionStatusR\x06status\"\x91\x03\n" +
+	"\x06status\x18\x03 \x01(\v2\x1f.hearth.v1alpha1.FunctionStatusR\x06status\"\xee\x01\n" +
+	"\aRuntime\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05image\x18\x02 \x01(\tR\x05image\x12\x18\n" +
+	"\apreload\x18\x03 \x03(\tR\apreload\x123\n" +
+	"\x03env\x18\x04 \x03(\v2!.hearth.v1alpha1.Runtime.EnvEntryR\x03env\x12\x12\n" +
+	"\x04warm\x18\x05 \x01(\x05R\x04warm\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x06 \x01(\x03R\n" +
+	"generation\x1a6\n" +
+	"\bEnvEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"t\n" +
+	"\x04Code\x12\x18\n" +
+	"\apackage\x18\x01 \x01(\tR\apackage\x12\x18\n" +
+	"\ahandler\x18\x02 \x01(\tR\ahandler\x128\n" +
+	"\tsignature\x18\x03 \x01(\x0e2\x1a.hearth.v1alpha1.SignatureR\tsignature\"\xd8\x04\n" +
 	"\fFunctionSpec\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\x05R\x04port\x128\n" +
@@ -936,17 +1264,25 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\ascaling\x18\x06 \x01(\v2\x18.hearth.v1alpha1.ScalingR\ascaling\x12\x14\n" +
 	"\x05hosts\x18\a \x03(\tR\x05hosts\x123\n" +
 	"\atimeout\x18\b \x01(\v2\x19.google.protobuf.DurationR\atimeout\x128\n" +
-	"\tresources\x18\t \x01(\v2\x1a.hearth.v1alpha1.ResourcesR\tresources\x1a6\n" +
+	"\tresources\x18\t \x01(\v2\x1a.hearth.v1alpha1.ResourcesR\tresources\x12\x18\n" +
+	"\aruntime\x18\n" +
+	" \x01(\tR\aruntime\x12)\n" +
+	"\x04code\x18\v \x01(\v2\x15.hearth.v1alpha1.CodeR\x04code\x12D\n" +
+	"\asecrets\x18\f \x03(\v2*.hearth.v1alpha1.FunctionSpec.SecretsEntryR\asecrets\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc9\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
+	"\fSecretsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\xe1\x01\n" +
 	"\aScaling\x12 \n" +
 	"\vconcurrency\x18\x01 \x01(\x05R\vconcurrency\x12\x10\n" +
 	"\x03min\x18\x02 \x01(\x05R\x03min\x12\x10\n" +
 	"\x03max\x18\x03 \x01(\x05R\x03max\x121\n" +
 	"\x06window\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12/\n" +
 	"\x05grace\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x05grace\x12\x14\n" +
-	"\x05queue\x18\x06 \x01(\x05R\x05queue\"M\n" +
+	"\x05queue\x18\x06 \x01(\x05R\x05queue\x12\x16\n" +
+	"\x06frozen\x18\a \x01(\x05R\x06frozen\"M\n" +
 	"\tResources\x12!\n" +
 	"\fmemory_bytes\x18\x01 \x01(\x03R\vmemoryBytes\x12\x1d\n" +
 	"\n" +
@@ -963,7 +1299,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\n" +
 	"created_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x129\n" +
 	"\n" +
-	"updated_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"\xba\x02\n" +
+	"updated_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"\xb9\x04\n" +
 	"\bRevision\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bfunction\x18\x02 \x01(\tR\bfunction\x12\x14\n" +
@@ -972,14 +1308,22 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x03env\x18\x05 \x03(\v2\".hearth.v1alpha1.Revision.EnvEntryR\x03env\x12\x18\n" +
 	"\acommand\x18\x06 \x03(\tR\acommand\x12\x12\n" +
 	"\x04args\x18\a \x03(\tR\x04args\x128\n" +
-	"\tresources\x18\b \x01(\v2\x1a.hearth.v1alpha1.ResourcesR\tresources\x1a6\n" +
+	"\tresources\x18\b \x01(\v2\x1a.hearth.v1alpha1.ResourcesR\tresources\x122\n" +
+	"\aruntime\x18\t \x01(\v2\x18.hearth.v1alpha1.RuntimeR\aruntime\x12)\n" +
+	"\x04code\x18\n" +
+	" \x01(\v2\x15.hearth.v1alpha1.CodeR\x04code\x12@\n" +
+	"\asecrets\x18\v \x03(\v2&.hearth.v1alpha1.Revision.SecretsEntryR\asecrets\x12 \n" +
+	"\vconcurrency\x18\f \x01(\x05R\vconcurrency\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"e\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
+	"\fSecretsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"e\n" +
 	"\x05Claim\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x126\n" +
-	"\bdeadline\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\xc8\x02\n" +
+	"\bdeadline\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\xce\x03\n" +
 	"\bInstance\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12,\n" +
@@ -990,12 +1334,21 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\bfunction\x18\a \x01(\tR\bfunction\x12\x1a\n" +
 	"\brevision\x18\b \x01(\tR\brevision\x129\n" +
 	"\n" +
-	"created_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\"\xb4\x01\n" +
+	"created_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x18\n" +
+	"\aruntime\x18\n" +
+	" \x01(\tR\aruntime\x12-\n" +
+	"\x12runtime_generation\x18\v \x01(\x03R\x11runtimeGeneration\x12\x18\n" +
+	"\aversion\x18\f \x01(\x03R\aversion\x12!\n" +
+	"\fmemory_bytes\x18\r \x01(\x03R\vmemoryBytes\"\xb4\x01\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
 	"\x06offset\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06offset\x125\n" +
 	"\bduration\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12-\n" +
-	"\x04busy\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04busy*\x9e\x01\n" +
+	"\x04busy\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04busy*T\n" +
+	"\tSignature\x12\x19\n" +
+	"\x15SIGNATURE_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eSIGNATURE_HTTP\x10\x01\x12\x18\n" +
+	"\x14SIGNATURE_CLOUDEVENT\x10\x02*\x9e\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_CREATING\x10\x01\x12\x0e\n" +
@@ -1025,51 +1378,64 @@ func file_hearth_v1alpha1_types_proto_rawDescGZIP() []byte {
 	return file_hearth_v1alpha1_types_proto_rawDescData
 }
 
-var file_hearth_v1alpha1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hearth_v1alpha1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_hearth_v1alpha1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_hearth_v1alpha1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_hearth_v1alpha1_types_proto_goTypes = []any{
-	(State)(0),                    // 0: hearth.v1alpha1.State
-	(Degree)(0),                   // 1: hearth.v1alpha1.Degree
-	(*Function)(nil),              // 2: hearth.v1alpha1.Function
-	(*FunctionSpec)(nil),          // 3: hearth.v1alpha1.FunctionSpec
-	(*Scaling)(nil),               // 4: hearth.v1alpha1.Scaling
-	(*Resources)(nil),             // 5: hearth.v1alpha1.Resources
-	(*FunctionStatus)(nil),        // 6: hearth.v1alpha1.FunctionStatus
-	(*Revision)(nil),              // 7: hearth.v1alpha1.Revision
-	(*Claim)(nil),                 // 8: hearth.v1alpha1.Claim
-	(*Instance)(nil),              // 9: hearth.v1alpha1.Instance
-	(*Phase)(nil),                 // 10: hearth.v1alpha1.Phase
-	nil,                           // 11: hearth.v1alpha1.FunctionSpec.EnvEntry
-	nil,                           // 12: hearth.v1alpha1.Revision.EnvEntry
-	(*durationpb.Duration)(nil),   // 13: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
+	(Signature)(0),                // 0: hearth.v1alpha1.Signature
+	(State)(0),                    // 1: hearth.v1alpha1.State
+	(Degree)(0),                   // 2: hearth.v1alpha1.Degree
+	(*Function)(nil),              // 3: hearth.v1alpha1.Function
+	(*Runtime)(nil),               // 4: hearth.v1alpha1.Runtime
+	(*Code)(nil),                  // 5: hearth.v1alpha1.Code
+	(*FunctionSpec)(nil),          // 6: hearth.v1alpha1.FunctionSpec
+	(*Scaling)(nil),               // 7: hearth.v1alpha1.Scaling
+	(*Resources)(nil),             // 8: hearth.v1alpha1.Resources
+	(*FunctionStatus)(nil),        // 9: hearth.v1alpha1.FunctionStatus
+	(*Revision)(nil),              // 10: hearth.v1alpha1.Revision
+	(*Claim)(nil),                 // 11: hearth.v1alpha1.Claim
+	(*Instance)(nil),              // 12: hearth.v1alpha1.Instance
+	(*Phase)(nil),                 // 13: hearth.v1alpha1.Phase
+	nil,                           // 14: hearth.v1alpha1.Runtime.EnvEntry
+	nil,                           // 15: hearth.v1alpha1.FunctionSpec.EnvEntry
+	nil,                           // 16: hearth.v1alpha1.FunctionSpec.SecretsEntry
+	nil,                           // 17: hearth.v1alpha1.Revision.EnvEntry
+	nil,                           // 18: hearth.v1alpha1.Revision.SecretsEntry
+	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
 }
 var file_hearth_v1alpha1_types_proto_depIdxs = []int32{
-	3,  // 0: hearth.v1alpha1.Function.spec:type_name -> hearth.v1alpha1.FunctionSpec
-	6,  // 1: hearth.v1alpha1.Function.status:type_name -> hearth.v1alpha1.FunctionStatus
-	11, // 2: hearth.v1alpha1.FunctionSpec.env:type_name -> hearth.v1alpha1.FunctionSpec.EnvEntry
-	4,  // 3: hearth.v1alpha1.FunctionSpec.scaling:type_name -> hearth.v1alpha1.Scaling
-	13, // 4: hearth.v1alpha1.FunctionSpec.timeout:type_name -> google.protobuf.Duration
-	5,  // 5: hearth.v1alpha1.FunctionSpec.resources:type_name -> hearth.v1alpha1.Resources
-	13, // 6: hearth.v1alpha1.Scaling.window:type_name -> google.protobuf.Duration
-	13, // 7: hearth.v1alpha1.Scaling.grace:type_name -> google.protobuf.Duration
-	14, // 8: hearth.v1alpha1.FunctionStatus.created_at:type_name -> google.protobuf.Timestamp
-	14, // 9: hearth.v1alpha1.FunctionStatus.updated_at:type_name -> google.protobuf.Timestamp
-	12, // 10: hearth.v1alpha1.Revision.env:type_name -> hearth.v1alpha1.Revision.EnvEntry
-	5,  // 11: hearth.v1alpha1.Revision.resources:type_name -> hearth.v1alpha1.Resources
-	14, // 12: hearth.v1alpha1.Claim.deadline:type_name -> google.protobuf.Timestamp
-	0,  // 13: hearth.v1alpha1.Instance.state:type_name -> hearth.v1alpha1.State
-	1,  // 14: hearth.v1alpha1.Instance.degree:type_name -> hearth.v1alpha1.Degree
-	8,  // 15: hearth.v1alpha1.Instance.claim:type_name -> hearth.v1alpha1.Claim
-	14, // 16: hearth.v1alpha1.Instance.created_at:type_name -> google.protobuf.Timestamp
-	13, // 17: hearth.v1alpha1.Phase.offset:type_name -> google.protobuf.Duration
-	13, // 18: hearth.v1alpha1.Phase.duration:type_name -> google.protobuf.Duration
-	13, // 19: hearth.v1alpha1.Phase.busy:type_name -> google.protobuf.Duration
-	20, // [20:20] is the sub-list for method output_type
-	20, // [20:20] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	6,  // 0: hearth.v1alpha1.Function.spec:type_name -> hearth.v1alpha1.FunctionSpec
+	9,  // 1: hearth.v1alpha1.Function.status:type_name -> hearth.v1alpha1.FunctionStatus
+	14, // 2: hearth.v1alpha1.Runtime.env:type_name -> hearth.v1alpha1.Runtime.EnvEntry
+	0,  // 3: hearth.v1alpha1.Code.signature:type_name -> hearth.v1alpha1.Signature
+	15, // 4: hearth.v1alpha1.FunctionSpec.env:type_name -> hearth.v1alpha1.FunctionSpec.EnvEntry
+	7,  // 5: hearth.v1alpha1.FunctionSpec.scaling:type_name -> hearth.v1alpha1.Scaling
+	19, // 6: hearth.v1alpha1.FunctionSpec.timeout:type_name -> google.protobuf.Duration
+	8,  // 7: hearth.v1alpha1.FunctionSpec.resources:type_name -> hearth.v1alpha1.Resources
+	5,  // 8: hearth.v1alpha1.FunctionSpec.code:type_name -> hearth.v1alpha1.Code
+	16, // 9: hearth.v1alpha1.FunctionSpec.secrets:type_name -> hearth.v1alpha1.FunctionSpec.SecretsEntry
+	19, // 10: hearth.v1alpha1.Scaling.window:type_name -> google.protobuf.Duration
+	19, // 11: hearth.v1alpha1.Scaling.grace:type_name -> google.protobuf.Duration
+	20, // 12: hearth.v1alpha1.FunctionStatus.created_at:type_name -> google.protobuf.Timestamp
+	20, // 13: hearth.v1alpha1.FunctionStatus.updated_at:type_name -> google.protobuf.Timestamp
+	17, // 14: hearth.v1alpha1.Revision.env:type_name -> hearth.v1alpha1.Revision.EnvEntry
+	8,  // 15: hearth.v1alpha1.Revision.resources:type_name -> hearth.v1alpha1.Resources
+	4,  // 16: hearth.v1alpha1.Revision.runtime:type_name -> hearth.v1alpha1.Runtime
+	5,  // 17: hearth.v1alpha1.Revision.code:type_name -> hearth.v1alpha1.Code
+	18, // 18: hearth.v1alpha1.Revision.secrets:type_name -> hearth.v1alpha1.Revision.SecretsEntry
+	20, // 19: hearth.v1alpha1.Claim.deadline:type_name -> google.protobuf.Timestamp
+	1,  // 20: hearth.v1alpha1.Instance.state:type_name -> hearth.v1alpha1.State
+	2,  // 21: hearth.v1alpha1.Instance.degree:type_name -> hearth.v1alpha1.Degree
+	11, // 22: hearth.v1alpha1.Instance.claim:type_name -> hearth.v1alpha1.Claim
+	20, // 23: hearth.v1alpha1.Instance.created_at:type_name -> google.protobuf.Timestamp
+	19, // 24: hearth.v1alpha1.Phase.offset:type_name -> google.protobuf.Duration
+	19, // 25: hearth.v1alpha1.Phase.duration:type_name -> google.protobuf.Duration
+	19, // 26: hearth.v1alpha1.Phase.busy:type_name -> google.protobuf.Duration
+	27, // [27:27] is the sub-list for method output_type
+	27, // [27:27] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_hearth_v1alpha1_types_proto_init() }
@@ -1082,8 +1448,8 @@ func file_hearth_v1alpha1_types_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hearth_v1alpha1_types_proto_rawDesc), len(file_hearth_v1alpha1_types_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   11,
+			NumEnums:      3,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -27,6 +27,8 @@ const (
 	LoadServiceName = "hearth.v1alpha1.LoadService"
 	// FunctionServiceName is the fully-qualified name of the FunctionService service.
 	FunctionServiceName = "hearth.v1alpha1.FunctionService"
+	// RuntimeServiceName is the fully-qualified name of the RuntimeService service.
+	RuntimeServiceName = "hearth.v1alpha1.RuntimeService"
 )
 
 // These constants are the fully-qualified names of the RPCs defined in this package. They're
@@ -58,6 +60,15 @@ const (
 	// FunctionServiceListInstancesProcedure is the fully-qualified name of the FunctionService's
 	// ListInstances RPC.
 	FunctionServiceListInstancesProcedure = "/hearth.v1alpha1.FunctionService/ListInstances"
+	// RuntimeServiceApplyRuntimeProcedure is the fully-qualified name of the RuntimeService's
+	// ApplyRuntime RPC.
+	RuntimeServiceApplyRuntimeProcedure = "/hearth.v1alpha1.RuntimeService/ApplyRuntime"
+	// RuntimeServiceListRuntimesProcedure is the fully-qualified name of the RuntimeService's
+	// ListRuntimes RPC.
+	RuntimeServiceListRuntimesProcedure = "/hearth.v1alpha1.RuntimeService/ListRuntimes"
+	// RuntimeServiceDeleteRuntimeProcedure is the fully-qualified name of the RuntimeService's
+	// DeleteRuntime RPC.
+	RuntimeServiceDeleteRuntimeProcedure = "/hearth.v1alpha1.RuntimeService/DeleteRuntime"
 )
 
 // AllocationServiceClient is a client for the hearth.v1alpha1.AllocationService service.
@@ -444,4 +455,130 @@ func (UnimplementedFunctionServiceHandler) Delete(context.Context, *connect.Requ
 
 func (UnimplementedFunctionServiceHandler) ListInstances(context.Context, *connect.Request[v1alpha1.ListInstancesRequest]) (*connect.Response[v1alpha1.ListInstancesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.FunctionService.ListInstances is not implemented"))
+}
+
+// RuntimeServiceClient is a client for the hearth.v1alpha1.RuntimeService service.
+type RuntimeServiceClient interface {
+	// ApplyRuntime creates or changes one. Errors: InvalidArgument.
+	ApplyRuntime(context.Context, *connect.Request[v1alpha1.ApplyRuntimeRequest]) (*connect.Response[v1alpha1.ApplyRuntimeResponse], error)
+	ListRuntimes(context.Context, *connect.Request[v1alpha1.ListRuntimesRequest]) (*connect.Response[v1alpha1.ListRuntimesResponse], error)
+	// DeleteRuntime discards the warm Instances of it. Errors: NotFound, FailedPrecondition (a Function uses it).
+	DeleteRuntime(context.Context, *connect.Request[v1alpha1.DeleteRuntimeRequest]) (*connect.Response[v1alpha1.DeleteRuntimeResponse], error)
+}
+
+// NewRuntimeServiceClient constructs a client for the hearth.v1alpha1.RuntimeService service. By
+// default, it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses,
+// and sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the
+// connect.WithGRPC() or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewRuntimeServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) RuntimeServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	runtimeServiceMethods := v1alpha1.File_hearth_v1alpha1_allocation_proto.Services().ByName("RuntimeService").Methods()
+	return &runtimeServiceClient{
+		applyRuntime: connect.NewClient[v1alpha1.ApplyRuntimeRequest, v1alpha1.ApplyRuntimeResponse](
+			httpClient,
+			baseURL+RuntimeServiceApplyRuntimeProcedure,
+			connect.WithSchema(runtimeServiceMethods.ByName("ApplyRuntime")),
+			connect.WithClientOptions(opts...),
+		),
+		listRuntimes: connect.NewClient[v1alpha1.ListRuntimesRequest, v1alpha1.ListRuntimesResponse](
+			httpClient,
+			baseURL+RuntimeServiceListRuntimesProcedure,
+			connect.WithSchema(runtimeServiceMethods.ByName("ListRuntimes")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteRuntime: connect.NewClient[v1alpha1.DeleteRuntimeRequest, v1alpha1.DeleteRuntimeResponse](
+			httpClient,
+			baseURL+RuntimeServiceDeleteRuntimeProcedure,
+			connect.WithSchema(runtimeServiceMethods.ByName("DeleteRuntime")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// runtimeServiceClient implements RuntimeServiceClient.
+type runtimeServiceClient struct {
+	applyRuntime  *connect.Client[v1alpha1.ApplyRuntimeRequest, v1alpha1.ApplyRuntimeResponse]
+	listRuntimes  *connect.Client[v1alpha1.ListRuntimesRequest, v1alpha1.ListRuntimesResponse]
+	deleteRuntime *connect.Client[v1alpha1.DeleteRuntimeRequest, v1alpha1.DeleteRuntimeResponse]
+}
+
+// ApplyRuntime calls hearth.v1alpha1.RuntimeService.ApplyRuntime.
+func (c *runtimeServiceClient) ApplyRuntime(ctx context.Context, req *connect.Request[v1alpha1.ApplyRuntimeRequest]) (*connect.Response[v1alpha1.ApplyRuntimeResponse], error) {
+	return c.applyRuntime.CallUnary(ctx, req)
+}
+
+// ListRuntimes calls hearth.v1alpha1.RuntimeService.ListRuntimes.
+func (c *runtimeServiceClient) ListRuntimes(ctx context.Context, req *connect.Request[v1alpha1.ListRuntimesRequest]) (*connect.Response[v1alpha1.ListRuntimesResponse], error) {
+	return c.listRuntimes.CallUnary(ctx, req)
+}
+
+// DeleteRuntime calls hearth.v1alpha1.RuntimeService.DeleteRuntime.
+func (c *runtimeServiceClient) DeleteRuntime(ctx context.Context, req *connect.Request[v1alpha1.DeleteRuntimeRequest]) (*connect.Response[v1alpha1.DeleteRuntimeResponse], error) {
+	return c.deleteRuntime.CallUnary(ctx, req)
+}
+
+// RuntimeServiceHandler is an implementation of the hearth.v1alpha1.RuntimeService service.
+type RuntimeServiceHandler interface {
+	// ApplyRuntime creates or changes one. Errors: InvalidArgument.
+	ApplyRuntime(context.Context, *connect.Request[v1alpha1.ApplyRuntimeRequest]) (*connect.Response[v1alpha1.ApplyRuntimeResponse], error)
+	ListRuntimes(context.Context, *connect.Request[v1alpha1.ListRuntimesRequest]) (*connect.Response[v1alpha1.ListRuntimesResponse], error)
+	// DeleteRuntime discards the warm Instances of it. Errors: NotFound, FailedPrecondition (a Function uses it).
+	DeleteRuntime(context.Context, *connect.Request[v1alpha1.DeleteRuntimeRequest]) (*connect.Response[v1alpha1.DeleteRuntimeResponse], error)
+}
+
+// NewRuntimeServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewRuntimeServiceHandler(svc RuntimeServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	runtimeServiceMethods := v1alpha1.File_hearth_v1alpha1_allocation_proto.Services().ByName("RuntimeService").Methods()
+	runtimeServiceApplyRuntimeHandler := connect.NewUnaryHandler(
+		RuntimeServiceApplyRuntimeProcedure,
+		svc.ApplyRuntime,
+		connect.WithSchema(runtimeServiceMethods.ByName("ApplyRuntime")),
+		connect.WithHandlerOptions(opts...),
+	)
+	runtimeServiceListRuntimesHandler := connect.NewUnaryHandler(
+		RuntimeServiceListRuntimesProcedure,
+		svc.ListRuntimes,
+		connect.WithSchema(runtimeServiceMethods.ByName("ListRuntimes")),
+		connect.WithHandlerOptions(opts...),
+	)
+	runtimeServiceDeleteRuntimeHandler := connect.NewUnaryHandler(
+		RuntimeServiceDeleteRuntimeProcedure,
+		svc.DeleteRuntime,
+		connect.WithSchema(runtimeServiceMethods.ByName("DeleteRuntime")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/hearth.v1alpha1.RuntimeService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case RuntimeServiceApplyRuntimeProcedure:
+			runtimeServiceApplyRuntimeHandler.ServeHTTP(w, r)
+		case RuntimeServiceListRuntimesProcedure:
+			runtimeServiceListRuntimesHandler.ServeHTTP(w, r)
+		case RuntimeServiceDeleteRuntimeProcedure:
+			runtimeServiceDeleteRuntimeHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedRuntimeServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedRuntimeServiceHandler struct{}
+
+func (UnimplementedRuntimeServiceHandler) ApplyRuntime(context.Context, *connect.Request[v1alpha1.ApplyRuntimeRequest]) (*connect.Response[v1alpha1.ApplyRuntimeResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.RuntimeService.ApplyRuntime is not implemented"))
+}
+
+func (UnimplementedRuntimeServiceHandler) ListRuntimes(context.Context, *connect.Request[v1alpha1.ListRuntimesRequest]) (*connect.Response[v1alpha1.ListRuntimesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.RuntimeService.ListRuntimes is not implemented"))
+}
+
+func (UnimplementedRuntimeServiceHandler) DeleteRuntime(context.Context, *connect.Request[v1alpha1.DeleteRuntimeRequest]) (*connect.Response[v1alpha1.DeleteRuntimeResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.RuntimeService.DeleteRuntime is not implemented"))
 }

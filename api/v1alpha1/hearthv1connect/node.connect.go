@@ -38,6 +38,8 @@ const (
 	NodeServiceCreateInstanceProcedure = "/hearth.v1alpha1.NodeService/CreateInstance"
 	// NodeServiceActivateProcedure is the fully-qualified name of the NodeService's Activate RPC.
 	NodeServiceActivateProcedure = "/hearth.v1alpha1.NodeService/Activate"
+	// NodeServiceFreezeProcedure is the fully-qualified name of the NodeService's Freeze RPC.
+	NodeServiceFreezeProcedure = "/hearth.v1alpha1.NodeService/Freeze"
 	// NodeServiceDiscardProcedure is the fully-qualified name of the NodeService's Discard RPC.
 	NodeServiceDiscardProcedure = "/hearth.v1alpha1.NodeService/Discard"
 	// NodeServiceWatchInstancesProcedure is the fully-qualified name of the NodeService's
@@ -55,18 +57,24 @@ const (
 
 // NodeServiceClient is a client for the hearth.v1alpha1.NodeService service.
 type NodeServiceClient interface {
-	// CreateInstance makes a Warm Instance (a sandbox with its network up) and returns when it is Warm.
+	// CreateInstance makes a Warm Instance (a sandbox with its network up, or a Runtime that is booted in one) and returns when it
+	// is Warm. Errors: InvalidArgument, Internal (the Runtime did not boot; the message has its last output), Unavailable.
 	CreateInstance(context.Context, *connect.Request[v1alpha1.CreateInstanceRequest]) (*connect.Response[v1alpha1.CreateInstanceResponse], error)
-	// Activate claims a Warm Instance by compare-and-swap and starts the Revision in it. This is the linearisation point of
-	// a claim. It returns when the Instance serves. The same claim on the same Instance gives the same answer again.
-	// Errors: FailedPrecondition (Instance not Warm, or epoch too old), NotFound (no such Instance), DeadlineExceeded
+	// Activate claims a Warm Instance, or a Frozen one of the same Revision, by compare-and-swap and has the Revision serve in it.
+	// This is the linearisation point of a claim. It returns when the Instance serves. The same claim on the same Instance gives the same answer again.
+	// Errors: FailedPrecondition (Instance neither Warm nor Frozen
+	// with this Revision, of another Runtime, or epoch too old), NotFound (no such Instance), DeadlineExceeded
 	// (the claim's deadline passed; the Instance is discarded), InvalidArgument, Internal (the start failed; discarded).
 	Activate(context.Context, *connect.Request[v1alpha1.ActivateRequest]) (*connect.Response[v1alpha1.ActivateResponse], error)
+	// Freeze stops the processes of a Serving Instance to which nobody sends requests any more. It keeps its Revision for ever.
+	// Freezing a Frozen one is no error. Errors: FailedPrecondition (neither Serving nor Frozen, or epoch too old), NotFound,
+	// Internal (it does not freeze; discarded).
+	Freeze(context.Context, *connect.Request[v1alpha1.FreezeRequest]) (*connect.Response[v1alpha1.FreezeResponse], error)
 	// Discard ends an Instance in whatever state and returns when nothing of it is left. Unknown ids are no error.
 	Discard(context.Context, *connect.Request[v1alpha1.DiscardRequest]) (*connect.Response[v1alpha1.DiscardResponse], error)
 	// WatchInstances sends every Instance, then a mark (synced), then each change as it happens.
 	WatchInstances(context.Context, *connect.Request[v1alpha1.WatchInstancesRequest]) (*connect.ServerStreamForClient[v1alpha1.WatchInstancesResponse], error)
-	// PrepareRevision has the image of a Revision on the node and snapshots of it prepared, before anyone asks.
+	// PrepareRevision has the image, or the code package and Runtime, of a Revision on the node and snapshots of it prepared, before anyone asks.
 	PrepareRevision(context.Context, *connect.Request[v1alpha1.PrepareRevisionRequest]) (*connect.Response[v1alpha1.PrepareRevisionResponse], error)
 	// ForgetRevision drops the prepared snapshots of a Revision; with remove_image also the image, if nothing else uses it.
 	ForgetRevision(context.Context, *connect.Request[v1alpha1.ForgetRevisionRequest]) (*connect.Response[v1alpha1.ForgetRevisionResponse], error)
@@ -95,6 +103,12 @@ func NewNodeServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			httpClient,
 			baseURL+NodeServiceActivateProcedure,
 			connect.WithSchema(nodeServiceMethods.ByName("Activate")),
+			connect.WithClientOptions(opts...),
+		),
+		freeze: connect.NewClient[v1alpha1.FreezeRequest, v1alpha1.FreezeResponse](
+			httpClient,
+			baseURL+NodeServiceFreezeProcedure,
+			connect.WithSchema(nodeServiceMethods.ByName("Freeze")),
 			connect.WithClientOptions(opts...),
 		),
 		discard: connect.NewClient[v1alpha1.DiscardRequest, v1alpha1.DiscardResponse](
@@ -134,6 +148,7 @@ func NewNodeServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 type nodeServiceClient struct {
 	createInstance  *connect.Client[v1alpha1.CreateInstanceRequest, v1alpha1.CreateInstanceResponse]
 	activate        *connect.Client[v1alpha1.ActivateRequest, v1alpha1.ActivateResponse]
+	freeze          *connect.Client[v1alpha1.FreezeRequest, v1alpha1.FreezeResponse]
 	discard         *connect.Client[v1alpha1.DiscardRequest, v1alpha1.DiscardResponse]
 	watchInstances  *connect.Client[v1alpha1.WatchInstancesRequest, v1alpha1.WatchInstancesResponse]
 	prepareRevision *connect.Client[v1alpha1.PrepareRevisionRequest, v1alpha1.PrepareRevisionResponse]
@@ -149,6 +164,11 @@ func (c *nodeServiceClient) CreateInstance(ctx context.Context, req *connect.Req
 // Activate calls hearth.v1alpha1.NodeService.Activate.
 func (c *nodeServiceClient) Activate(ctx context.Context, req *connect.Request[v1alpha1.ActivateRequest]) (*connect.Response[v1alpha1.ActivateResponse], error) {
 	return c.activate.CallUnary(ctx, req)
+}
+
+// Freeze calls hearth.v1alpha1.NodeService.Freeze.
+func (c *nodeServiceClient) Freeze(ctx context.Context, req *connect.Request[v1alpha1.FreezeRequest]) (*connect.Response[v1alpha1.FreezeResponse], error) {
+	return c.freeze.CallUnary(ctx, req)
 }
 
 // Discard calls hearth.v1alpha1.NodeService.Discard.
@@ -178,18 +198,24 @@ func (c *nodeServiceClient) Logs(ctx context.Context, req *connect.Request[v1alp
 
 // NodeServiceHandler is an implementation of the hearth.v1alpha1.NodeService service.
 type NodeServiceHandler interface {
-	// CreateInstance makes a Warm Instance (a sandbox with its network up) and returns when it is Warm.
+	// CreateInstance makes a Warm Instance (a sandbox with its network up, or a Runtime that is booted in one) and returns when it
+	// is Warm. Errors: InvalidArgument, Internal (the Runtime did not boot; the message has its last output), Unavailable.
 	CreateInstance(context.Context, *connect.Request[v1alpha1.CreateInstanceRequest]) (*connect.Response[v1alpha1.CreateInstanceResponse], error)
-	// Activate claims a Warm Instance by compare-and-swap and starts the Revision in it. This is the linearisation point of
-	// a claim. It returns when the Instance serves. The same claim on the same Instance gives the same answer again.
-	// Errors: FailedPrecondition (Instance not Warm, or epoch too old), NotFound (no such Instance), DeadlineExceeded
+	// Activate claims a Warm Instance, or a Frozen one of the same Revision, by compare-and-swap and has the Revision serve in it.
+	// This is the linearisation point of a claim. It returns when the Instance serves. The same claim on the same Instance gives the same answer again.
+	// Errors: FailedPrecondition (Instance neither Warm nor Frozen
+	// with this Revision, of another Runtime, or epoch too old), NotFound (no such Instance), DeadlineExceeded
 	// (the claim's deadline passed; the Instance is discarded), InvalidArgument, Internal (the start failed; discarded).
 	Activate(context.Context, *connect.Request[v1alpha1.ActivateRequest]) (*connect.Response[v1alpha1.ActivateResponse], error)
+	// Freeze stops the processes of a Serving Instance to which nobody sends requests any more. It keeps its Revision for ever.
+	// Freezing a Frozen one is no error. Errors: FailedPrecondition (neither Serving nor Frozen, or epoch too old), NotFound,
+	// Internal (it does not freeze; discarded).
+	Freeze(context.Context, *connect.Request[v1alpha1.FreezeRequest]) (*connect.Response[v1alpha1.FreezeResponse], error)
 	// Discard ends an Instance in whatever state and returns when nothing of it is left. Unknown ids are no error.
 	Discard(context.Context, *connect.Request[v1alpha1.DiscardRequest]) (*connect.Response[v1alpha1.DiscardResponse], error)
 	// WatchInstances sends every Instance, then a mark (synced), then each change as it happens.
 	WatchInstances(context.Context, *connect.Request[v1alpha1.WatchInstancesRequest], *connect.ServerStream[v1alpha1.WatchInstancesResponse]) error
-	// PrepareRevision has the image of a Revision on the node and snapshots of it prepared, before anyone asks.
+	// PrepareRevision has the image, or the code package and Runtime, of a Revision on the node and snapshots of it prepared, before anyone asks.
 	PrepareRevision(context.Context, *connect.Request[v1alpha1.PrepareRevisionRequest]) (*connect.Response[v1alpha1.PrepareRevisionResponse], error)
 	// ForgetRevision drops the prepared snapshots of a Revision; with remove_image also the image, if nothing else uses it.
 	ForgetRevision(context.Context, *connect.Request[v1alpha1.ForgetRevisionRequest]) (*connect.Response[v1alpha1.ForgetRevisionResponse], error)
@@ -214,6 +240,12 @@ func NewNodeServiceHandler(svc NodeServiceHandler, opts ...connect.HandlerOption
 		NodeServiceActivateProcedure,
 		svc.Activate,
 		connect.WithSchema(nodeServiceMethods.ByName("Activate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	nodeServiceFreezeHandler := connect.NewUnaryHandler(
+		NodeServiceFreezeProcedure,
+		svc.Freeze,
+		connect.WithSchema(nodeServiceMethods.ByName("Freeze")),
 		connect.WithHandlerOptions(opts...),
 	)
 	nodeServiceDiscardHandler := connect.NewUnaryHandler(
@@ -252,6 +284,8 @@ func NewNodeServiceHandler(svc NodeServiceHandler, opts ...connect.HandlerOption
 			nodeServiceCreateInstanceHandler.ServeHTTP(w, r)
 		case NodeServiceActivateProcedure:
 			nodeServiceActivateHandler.ServeHTTP(w, r)
+		case NodeServiceFreezeProcedure:
+			nodeServiceFreezeHandler.ServeHTTP(w, r)
 		case NodeServiceDiscardProcedure:
 			nodeServiceDiscardHandler.ServeHTTP(w, r)
 		case NodeServiceWatchInstancesProcedure:
@@ -277,6 +311,10 @@ func (UnimplementedNodeServiceHandler) CreateInstance(context.Context, *connect.
 
 func (UnimplementedNodeServiceHandler) Activate(context.Context, *connect.Request[v1alpha1.ActivateRequest]) (*connect.Response[v1alpha1.ActivateResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.NodeService.Activate is not implemented"))
+}
+
+func (UnimplementedNodeServiceHandler) Freeze(context.Context, *connect.Request[v1alpha1.FreezeRequest]) (*connect.Response[v1alpha1.FreezeResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.NodeService.Freeze is not implemented"))
 }
 
 func (UnimplementedNodeServiceHandler) Discard(context.Context, *connect.Request[v1alpha1.DiscardRequest]) (*connect.Response[v1alpha1.DiscardResponse], error) {
