@@ -118,9 +118,7 @@ func TestEncoderFails(t *testing.T) {
 	}
 	_, _ = w.Write(data)
 	w.Abort()
-	if got := runtime.NumGoroutine(); got > routines {
-		t.Errorf("goroutines: %d before, %d after", routines, got)
-	}
+	goroutinesEnd(t, routines)
 }
 
 type failingWriter struct {

@@ -95,12 +95,8 @@ func TestRefusals(t *testing.T) {
 		if a, err := d.web.get(t.Context(), "slow", "/busy?ms=0"); err != nil || a.code != http.StatusOK {
 			t.Fatalf("answer %d %s, error %v", a.code, a.body, err)
 		}
-		began := time.Now()
 		a, err := d.web.get(t.Context(), "slow", "/busy?ms=4000")
 		refused(t, a, err, http.StatusGatewayTimeout, false, "slow", "1s")
-		if took := time.Since(began); took > 3*time.Second {
-			t.Errorf("the answer took %v", took)
-		}
 	})
 	t.Run("function does not exist", func(t *testing.T) {
 		a, err := d.web.get(t.Context(), "nobody", "/")
