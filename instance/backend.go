@@ -61,6 +61,8 @@ type tasks interface {
 	StopTask(ctx context.Context, containerID string, grace time.Duration) error
 	// Record notes with a container what it has become: image, snapshot, process and labels.
 	Record(ctx context.Context, r record) error
+	// Label changes labels of a container. An empty value removes one.
+	Label(ctx context.Context, containerID string, labels map[string]string) error
 }
 
 // launcher is what waits in a container until a Function is known.
@@ -139,7 +141,8 @@ type record struct {
 type containerInfo struct {
 	ID, Snapshot string
 	Labels       map[string]string
-	Running      bool
+	Pid          uint32
+	Running      bool // or paused by somebody
 	Ended        bool // its process has been executed and has ended
 }
 

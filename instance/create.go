@@ -130,6 +130,9 @@ func (e *Engine) container(id string) container {
 func (e *Engine) endCreation(i *instance, s sandbox, l launcher, err error) {
 	i.mu.Lock()
 	i.sandbox, i.launcher = s, l
+	if l != nil {
+		i.pid = l.Pid()
+	}
 	if err == nil && i.state == hearthv1.State_STATE_CREATING {
 		if !s.Created.IsZero() {
 			i.created = s.Created

@@ -28,15 +28,16 @@ type (
 const (
 	LabelInstance, LabelClaim, LabelEpoch   = labelInstance, labelClaim, labelEpoch
 	LabelFunction, LabelRevision, LabelPort = labelFunction, labelRevision, labelPort
+	LabelFrozen, LabelVersion               = labelFrozen, labelVersion
 )
 
-// NewWithBackend makes an Engine over a fake containerd.
-func NewWithBackend(cfg Config, b backend) (*Engine, error) {
+// NewWithBackend makes an Engine over a fake containerd, whose cgroups and processes are directories below host.
+func NewWithBackend(cfg Config, b backend, host string) (*Engine, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	return newEngine(cfg, b)
+	return newEngine(cfg, b, cgroups{root: filepath.Join(host, "cgroup"), parent: cfg.CgroupParent}, filepath.Join(host, "proc"))
 }
 
 // Watch is WatchInstances without a connection.
