@@ -59,6 +59,8 @@ type tasks interface {
 	// StopTask ends the process (SIGTERM, then SIGKILL after grace) and removes container and process. One that is not there
 	// is no error.
 	StopTask(ctx context.Context, containerID string, grace time.Duration) error
+	// AwaitEnd returns when a process has ended, or is not there.
+	AwaitEnd(ctx context.Context, pid uint32) error
 	// Record notes with a container what it has become: image, snapshot, process and labels.
 	Record(ctx context.Context, r record) error
 	// Label changes labels of a container. An empty value removes one.

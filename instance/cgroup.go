@@ -34,6 +34,12 @@ func (c cgroups) unified() bool {
 	return err == nil
 }
 
+// swaps tells whether the swap that a cgroup takes can be limited by itself: with version 2, and a kernel that knows of swap.
+func (c cgroups) swaps() bool {
+	_, err := os.Stat("/proc/swaps")
+	return err == nil && c.unified()
+}
+
 // directories lists the directories of one cgroup, one per hierarchy, of those that exist.
 func (c cgroups) directories(path string) ([]string, error) {
 	if c.unified() {
@@ -106,6 +112,11 @@ func (c cgroups) limit(instance string, r *hearthv1.Resources) error {
 	if bytes := r.GetMemoryBytes(); bytes > 0 {
 		if err := c.set(instance, "memory", "memory.limit_in_bytes", "memory.max", strconv.FormatInt(bytes, 10)); err != nil {
 			return fmt.Errorf("limit memory of %s: %w", instance, err)
+		}
+		if c.swaps() {
+			if err := writeCgroup(filepath.Join(c.root, c.function(instance), "memory.swap.max"), strconv.FormatInt(bytes, 10)); err != nil {
+				return fmt.Errorf("limit swap of %s: %w", instance, err)
+			}
 		}
 	}
 	if millis := r.GetCpuMillis(); millis > 0 {

@@ -88,6 +88,10 @@ type Config struct {
 	DefaultClaimTimeout time.Duration
 	// Grace between SIGTERM and SIGKILL for an Instance that serves, when the caller names none; default 5 s.
 	Grace time.Duration
+	// PidsLimit is how many processes and threads an Instance may have; default 1024.
+	PidsLimit int64
+	// MemoryBytes is the memory limit of an Instance whose Function names none; default 1 GiB.
+	MemoryBytes int64
 	// MaxFrozen is how many frozen Instances the node keeps; default 256, negative none.
 	MaxFrozen int
 	// FrozenBytes is how much memory they may keep, as it was when each was frozen; default a quarter of the node's.
@@ -109,6 +113,9 @@ func (c Config) withDefaults() (Config, error) {
 	if err := checkLabel("node name", c.Node); err != nil {
 		problems = append(problems, err)
 	}
+	if c.PidsLimit < 0 || c.MemoryBytes < 0 || c.FrozenBytes < 0 || c.MemoryPressure < 0 {
+		problems = append(problems, errors.New("a bound is negative"))
+	}
 	for what, path := range map[string]string{"root": c.Root, "containerd address": c.Address, "cgroup parent": c.CgroupParent} {
 		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
 			problems = append(problems, fmt.Errorf("%s %q is not a clean absolute path", what, path))
@@ -126,6 +133,8 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	setDefault(&c.DefaultClaimTimeout, 30*time.Second)
 	setDefault(&c.Grace, 5*time.Second)
+	setDefault(&c.PidsLimit, 1024)
+	setDefault(&c.MemoryBytes, 1<<30)
 	setDefault(&c.MaxFrozen, 256)
 	setDefault(&c.MemoryPressure, 10)
 	if c.FrozenBytes == 0 {

@@ -147,8 +147,11 @@ func (e *Engine) endCreation(i *instance, s sandbox, l launcher, err error) {
 		e.log.Warn("instance not created", "instance", i.id, "error", err)
 	}
 	close(i.warm)
+	pid := i.pid
 	i.mu.Unlock()
 	if err != nil {
 		e.end(i, hearthv1.State_STATE_DRAINING, 0)
+		return
 	}
+	e.watchProcess(i, pid)
 }

@@ -168,6 +168,60 @@ func TestProcessThatEndsBeforeItListens(t *testing.T) {
 	})
 }
 
+// TestCrashWhileContainerdIsAway: the kernel tells of it, and what is left is removed when containerd is back.
+func TestCrashWhileContainerdIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		e, stop := runUntil(t, f)
+		defer stop()
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := activate(e, "a", "c", 1, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		f.set(func() { f.down = true })
+		begin := time.Now()
+		f.crash <- struct{}{}
+		for len(list(t, e)) > 0 {
+			time.Sleep(time.Millisecond)
+		}
+		if took := time.Since(begin); took > 100*time.Millisecond { // of the bubble's time
+			t.Errorf("it took %s", took)
+		}
+		f.set(func() { f.down = false })
+		time.Sleep(time.Minute)
+		if got := f.left(); got != nothing {
+			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+// TestCrashIsToldWithItsStatus: the kernel is faster than containerd, which has the status that the caller wants to know.
+func TestCrashIsToldWithItsStatus(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		f.listens = false
+		e, stop := runUntil(t, f)
+		defer stop()
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		answered := make(chan error)
+		go func() {
+			_, err := activate(e, "a", "c", 1, time.Minute)
+			answered <- err
+		}()
+		synctest.Wait()
+		f.crash <- struct{}{}
+		time.Sleep(time.Second)
+		f.exits <- instance.Exit{Container: "a.fn", Status: 3}
+		if err := <-answered; err == nil || !strings.Contains(err.Error(), "status 3") {
+			t.Errorf("%v does not tell the status", err)
+		}
+	})
+}
+
 func TestEndsThatNobodyAskedFor(t *testing.T) {
 	for name, x := range map[string]string{"process": "a.fn", "sandbox": "box-1"} {
 		t.Run(name, func(t *testing.T) {

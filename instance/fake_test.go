@@ -41,6 +41,7 @@ type fake struct {
 	grace      time.Duration // of the last StopTask
 	listens    bool
 	exits      chan instance.Exit
+	crash      chan struct{} // the kernel says that a process has ended
 	prefetch   instance.Prefetcher
 	onLaunch   func(ctx context.Context) error
 	onLabel    func(ctx context.Context) error
@@ -53,7 +54,7 @@ func newFake(t *testing.T) *fake {
 	return &fake{
 		host:      t.TempDir(),
 		sandboxes: map[string]instance.Sandbox{}, containers: map[string]instance.ContainerInfo{}, snapshots: map[string]bool{},
-		images: map[string]bool{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit),
+		images: map[string]bool{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit), crash: make(chan struct{}),
 	}
 }
 
@@ -220,6 +221,15 @@ func (f *fake) StopTask(_ context.Context, id string, grace time.Duration) error
 		delete(f.containers, id)
 		return nil
 	})
+}
+
+func (f *fake) AwaitEnd(ctx context.Context, _ uint32) error {
+	select {
+	case <-f.crash:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func (f *fake) Record(_ context.Context, r instance.Record) error {

@@ -255,7 +255,8 @@ func TestFrozenIsDiscarded(t *testing.T) {
 		"its process ends": func(_ *testing.T, f *fake, _ *instance.Engine) {
 			f.exits <- instance.Exit{Container: "a.fn", Status: 137}
 		},
-		"its sandbox ends": func(_ *testing.T, f *fake, _ *instance.Engine) { f.exits <- instance.Exit{Container: "box-1"} },
+		"the kernel says that its process has ended": func(_ *testing.T, f *fake, _ *instance.Engine) { f.crash <- struct{}{} },
+		"its sandbox ends":                           func(_ *testing.T, f *fake, _ *instance.Engine) { f.exits <- instance.Exit{Container: "box-1"} },
 		"an end that nobody told": func(_ *testing.T, f *fake, _ *instance.Engine) {
 			f.set(func() {
 				c := f.containers["a.fn"]

@@ -241,6 +241,9 @@ func (e *Engine) install(i *instance) {
 		e.end(i, hearthv1.State_STATE_DRAINING, 0)
 	case hearthv1.State_STATE_SERVING, hearthv1.State_STATE_FROZEN:
 		e.limitCPU(i.id, i.revision.GetResources().GetCpuMillis())
+		fallthrough
+	case hearthv1.State_STATE_WARM:
+		e.watchProcess(i, i.pid)
 	}
 }
 
