@@ -32,6 +32,7 @@ type activation struct {
 	deadline time.Time
 	trace    *trace
 	process  *specs.Process // once known
+	thaw     bool           // of a Frozen Instance
 	done     chan struct{}  // closed when what follows is final
 	err      error
 	answer   *hearthv1.Instance
@@ -94,8 +95,9 @@ func (e *Engine) claim(i *instance, a *activation) (*activation, error) {
 	if i.start != nil && i.start.claim.Id == a.claim.Id {
 		return i.start, nil
 	}
-	if i.state != hearthv1.State_STATE_WARM || i.ending {
-		return nil, fmt.Errorf("instance %s is %s, not warm: %w", i.id, stateName(i.state), errdefs.ErrFailedPrecondition)
+	start, err := e.starter(i, a)
+	if err != nil {
+		return nil, err
 	}
 	begin := a.trace.begin
 	a.deadline = begin.Add(e.cfg.DefaultClaimTimeout)
@@ -108,9 +110,14 @@ func (e *Engine) claim(i *instance, a *activation) (*activation, error) {
 	if !a.deadline.After(begin) {
 		return nil, fmt.Errorf("claim %s was over before it came: %w", a.claim.Id, context.DeadlineExceeded)
 	}
-	i.claim, i.revision, i.image, i.start = a.claim, a.revision, a.image, a
+	if i.state == hearthv1.State_STATE_WARM {
+		i.revision, i.image = a.revision, a.image // for ever
+	} else {
+		a.thaw = true
+	}
+	i.claim, i.start, i.recorded = a.claim, a, make(chan struct{})
 	e.advance(i, hearthv1.State_STATE_CLAIMED)
-	begun := e.begin(i, a.deadline, func(ctx context.Context) { e.endActivation(i, a, e.startFunction(ctx, i, a)) })
+	begun := e.begin(i, a.deadline, func(ctx context.Context) { e.endActivation(i, a, start(ctx, i, a)) })
 	if !begun {
 		a.err = errStopping
 		close(a.done)
@@ -118,9 +125,35 @@ func (e *Engine) claim(i *instance, a *activation) (*activation, error) {
 	return a, nil
 }
 
+// starter tells how an Instance is brought to serve a Revision, if it can be: a Warm one by what makes it the Revision's, a Frozen
+// one of the same Revision by a thaw. i.mu must be held.
+func (e *Engine) starter(i *instance, a *activation) (func(context.Context, *instance, *activation) error, error) {
+	switch {
+	case i.ending:
+		return nil, fmt.Errorf("instance %s is being discarded: %w", i.id, errdefs.ErrFailedPrecondition)
+	case i.state == hearthv1.State_STATE_WARM:
+		return e.startFunction, nil
+	case i.state != hearthv1.State_STATE_FROZEN:
+		return nil, fmt.Errorf("instance %s is %s, neither warm nor frozen: %w", i.id, stateName(i.state), errdefs.ErrFailedPrecondition)
+	case i.revision.GetFunction() != a.revision.Function || i.revision.GetName() != a.revision.Name:
+		return nil, fmt.Errorf("instance %s is frozen with revision %s, not %s: %w",
+			i.id, i.revision.GetName(), a.revision.Name, errdefs.ErrFailedPrecondition)
+	case i.frozen.claim == a.claim.Id: // a call that was under way for long
+		return nil, fmt.Errorf("claim %s ended when instance %s was frozen: %w", a.claim.Id, i.id, errdefs.ErrFailedPrecondition)
+	}
+	return e.thaw, nil
+}
+
 // endActivation publishes how an activation ended, and has the Instance discarded if it did not end well.
 func (e *Engine) endActivation(i *instance, a *activation, err error) {
 	i.mu.Lock()
+	select {
+	case <-i.exited: // and whoever saw it left it to us
+		if err == nil {
+			err = fmt.Errorf("the process ended with status %d", i.status)
+		}
+	default:
+	}
 	if err == nil && !e.advance(i, hearthv1.State_STATE_SERVING) {
 		err = fmt.Errorf("instance %s was discarded meanwhile: %w", i.id, errdefs.ErrUnavailable)
 	}
@@ -132,6 +165,9 @@ func (e *Engine) endActivation(i *instance, a *activation, err error) {
 		e.log.Warn("activation failed", "instance", i.id, "claim", a.claim.Id, "revision", a.revision.Name, "error", err)
 	}
 	e.metrics.activated(outcome, a.trace.phases())
+	if a.thaw {
+		e.metrics.thaws.WithLabelValues(outcome).Inc()
+	}
 	close(a.done)
 	if err != nil {
 		e.end(i, hearthv1.State_STATE_DRAINING, 0)
@@ -143,28 +179,46 @@ func (e *Engine) endActivation(i *instance, a *activation, err error) {
 // afterDelay leaves the cores to the answer and to the Function's first request.
 const afterDelay = 25 * time.Millisecond
 
+// recordTime bounds one attempt to have containerd know something.
+const recordTime = 10 * time.Second
+
 // afterServing is what can wait until the answer is on its way.
 func (e *Engine) afterServing(i *instance, a *activation) {
+	i.mu.Lock()
+	recorded := i.recorded
+	i.mu.Unlock()
 	e.spawn(func(ctx context.Context) {
 		if !sleep(ctx, afterDelay) {
 			return
 		}
-		ctx, cancel := context.WithTimeout(ctx, createTime)
-		defer cancel()
-		for delay := 100 * time.Millisecond; ; delay = min(2*delay, 5*time.Second) {
-			err := absent(e.record(ctx, i, a))
-			if err == nil {
-				break
-			}
-			e.log.Warn("what the instance has become is not recorded", "instance", i.id, "error", err)
-			if !sleep(ctx, delay) {
-				return
-			}
+		if a.thaw {
+			e.untilRecorded(ctx, i.id, recorded, func(ctx context.Context) error { return e.recordThaw(ctx, i) })
+			return
 		}
-		e.limitCPU(i.id, a.revision.GetResources().GetCpuMillis())
-		e.started(i)
+		if e.untilRecorded(ctx, i.id, recorded, func(ctx context.Context) error { return e.record(ctx, i, a) }) {
+			e.limitCPU(i.id, a.revision.GetResources().GetCpuMillis())
+			e.started(i)
+		}
 	})
 	e.metrics.prepared.Set(float64(e.shelf.count()))
+}
+
+// untilRecorded tries to have containerd know something until it does, and then closes recorded; it is false if the engine stops
+// before. A container that has gone needs no record.
+func (e *Engine) untilRecorded(ctx context.Context, id string, recorded chan struct{}, write func(context.Context) error) bool {
+	for delay := 100 * time.Millisecond; ; delay = min(2*delay, 5*time.Second) {
+		bounded, cancel := context.WithTimeout(ctx, recordTime)
+		err := absent(write(bounded))
+		cancel()
+		if err == nil {
+			close(recorded)
+			return true
+		}
+		e.log.Warn("what the instance has become is not recorded", "instance", id, "error", err)
+		if !sleep(ctx, delay) {
+			return false
+		}
+	}
 }
 
 // started tells who wants to know what a start needs.

@@ -59,8 +59,12 @@ type tasks interface {
 	// StopTask ends the process (SIGTERM, then SIGKILL after grace) and removes container and process. One that is not there
 	// is no error.
 	StopTask(ctx context.Context, containerID string, grace time.Duration) error
+	// AwaitEnd returns when a process has ended, or is not there.
+	AwaitEnd(ctx context.Context, pid uint32) error
 	// Record notes with a container what it has become: image, snapshot, process and labels.
 	Record(ctx context.Context, r record) error
+	// Label changes labels of a container. An empty value removes one.
+	Label(ctx context.Context, containerID string, labels map[string]string) error
 }
 
 // launcher is what waits in a container until a Function is known.
@@ -139,7 +143,8 @@ type record struct {
 type containerInfo struct {
 	ID, Snapshot string
 	Labels       map[string]string
-	Running      bool
+	Pid          uint32
+	Running      bool // or paused by somebody
 	Ended        bool // its process has been executed and has ended
 }
 

@@ -19,24 +19,33 @@ const cgroupRoot = "/sys/fs/cgroup"
 const cpuPeriod = 100_000
 
 // cgroups knows where an Instance's cgroups are: PARENT/pod-ID holds the sandbox's and the Function's, in every hierarchy.
-type cgroups struct{ parent string }
+type cgroups struct {
+	root   string // where they are mounted: cgroupRoot
+	parent string
+}
 
 func (c cgroups) pod(instance string) string { return filepath.Join(c.parent, "pod-"+instance) }
 
 func (c cgroups) function(instance string) string { return filepath.Join(c.pod(instance), "fn") }
 
 // unified tells whether cgroup v2 alone is mounted.
-func (cgroups) unified() bool {
-	_, err := os.Stat(filepath.Join(cgroupRoot, "cgroup.controllers"))
+func (c cgroups) unified() bool {
+	_, err := os.Stat(filepath.Join(c.root, "cgroup.controllers"))
 	return err == nil
+}
+
+// swaps tells whether the swap that a cgroup takes can be limited by itself: with version 2, and a kernel that knows of swap.
+func (c cgroups) swaps() bool {
+	_, err := os.Stat("/proc/swaps")
+	return err == nil && c.unified()
 }
 
 // directories lists the directories of one cgroup, one per hierarchy, of those that exist.
 func (c cgroups) directories(path string) ([]string, error) {
 	if c.unified() {
-		return existing(filepath.Join(cgroupRoot, path))
+		return existing(filepath.Join(c.root, path))
 	}
-	hierarchies, err := os.ReadDir(cgroupRoot)
+	hierarchies, err := os.ReadDir(c.root)
 	if err != nil {
 		return nil, fmt.Errorf("list cgroup hierarchies: %w", err)
 	}
@@ -45,7 +54,7 @@ func (c cgroups) directories(path string) ([]string, error) {
 		if h.Type()&fs.ModeSymlink != 0 { // cpu → cpu,cpuacct on some distributions
 			continue
 		}
-		dirs, err := existing(filepath.Join(cgroupRoot, h.Name(), path))
+		dirs, err := existing(filepath.Join(c.root, h.Name(), path))
 		if err != nil {
 			return nil, err
 		}
@@ -104,6 +113,11 @@ func (c cgroups) limit(instance string, r *hearthv1.Resources) error {
 		if err := c.set(instance, "memory", "memory.limit_in_bytes", "memory.max", strconv.FormatInt(bytes, 10)); err != nil {
 			return fmt.Errorf("limit memory of %s: %w", instance, err)
 		}
+		if c.swaps() {
+			if err := writeCgroup(filepath.Join(c.root, c.function(instance), "memory.swap.max"), strconv.FormatInt(bytes, 10)); err != nil {
+				return fmt.Errorf("limit swap of %s: %w", instance, err)
+			}
+		}
 	}
 	if millis := r.GetCpuMillis(); millis > 0 {
 		shares := min(max(millis*1024/1000, 2), 262144) // what the kernel takes
@@ -120,11 +134,7 @@ func (c cgroups) limit(instance string, r *hearthv1.Resources) error {
 
 // set writes a setting of a Function's cgroup: file1 of a hierarchy of version 1, or file2.
 func (c cgroups) set(instance, hierarchy, file1, file2, value string) error {
-	path := filepath.Join(cgroupRoot, hierarchy, c.function(instance), file1)
-	if c.unified() {
-		path = filepath.Join(cgroupRoot, c.function(instance), file2)
-	}
-	return os.WriteFile(path, []byte(value), 0)
+	return writeCgroup(c.file(instance, hierarchy, file1, file2), value)
 }
 
 // limitCPU sets a Function's CPU limit, in thousandths of a core. It is set when the Function serves and not before, because a

@@ -27,6 +27,8 @@ const (
 	labelChain    = "hearth.dev/chain"
 	labelPort     = "hearth.dev/port"
 	labelCPU      = "hearth.dev/cpu-millis"
+	labelFrozen   = "hearth.dev/frozen"  // since when, RFC 3339
+	labelVersion  = "hearth.dev/version" // of the Instance when it was recorded
 )
 
 // Phase is a part of an image's way to the node, at its real time.
@@ -86,6 +88,17 @@ type Config struct {
 	DefaultClaimTimeout time.Duration
 	// Grace between SIGTERM and SIGKILL for an Instance that serves, when the caller names none; default 5 s.
 	Grace time.Duration
+	// PidsLimit is how many processes and threads an Instance may have; default 1024.
+	PidsLimit int64
+	// MemoryBytes is the memory limit of an Instance whose Function names none; default 1 GiB.
+	MemoryBytes int64
+	// MaxFrozen is how many frozen Instances the node keeps; default 256, negative none.
+	MaxFrozen int
+	// FrozenBytes is how much memory they may keep, as it was when each was frozen; default a quarter of the node's.
+	FrozenBytes int64
+	// MemoryPressure is the part of the last ten seconds, in percent, for which some process of the node has waited for memory,
+	// from which on frozen Instances are given up; default 10. Where the kernel does not tell, 1/16 of the memory has to be free.
+	MemoryPressure float64
 	// KeptLogs is how many log files of ended Instances are kept for each Function; default 10.
 	KeptLogs int
 	// MaxLogBytes is the size at which a log file is emptied; default 64 MiB.
@@ -99,6 +112,9 @@ func (c Config) withDefaults() (Config, error) {
 	var problems []error
 	if err := checkLabel("node name", c.Node); err != nil {
 		problems = append(problems, err)
+	}
+	if c.PidsLimit < 0 || c.MemoryBytes < 0 || c.FrozenBytes < 0 || c.MemoryPressure < 0 {
+		problems = append(problems, errors.New("a bound is negative"))
 	}
 	for what, path := range map[string]string{"root": c.Root, "containerd address": c.Address, "cgroup parent": c.CgroupParent} {
 		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
@@ -117,6 +133,16 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	setDefault(&c.DefaultClaimTimeout, 30*time.Second)
 	setDefault(&c.Grace, 5*time.Second)
+	setDefault(&c.PidsLimit, 1024)
+	setDefault(&c.MemoryBytes, 1<<30)
+	setDefault(&c.MaxFrozen, 256)
+	setDefault(&c.MemoryPressure, 10)
+	if c.FrozenBytes == 0 {
+		var err error
+		if c.FrozenBytes, err = memoryShare("/proc"); err != nil {
+			problems = append(problems, fmt.Errorf("the node's memory: %w", err))
+		}
+	}
 	setDefault(&c.KeptLogs, 10)
 	setDefault(&c.MaxLogBytes, 64<<20)
 	if c.Dial == nil {

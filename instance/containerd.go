@@ -66,7 +66,7 @@ func connectNode(cfg Config) (*node, error) {
 		conn: conn, client: client,
 		runtime: cri.NewRuntimeServiceClient(conn), image: cri.NewImageServiceClient(conn),
 		name: cfg.Node, namespace: cfg.Namespace, snapshotter: cfg.Snapshotter,
-		cgroups:     cgroups{parent: cfg.CgroupParent},
+		cgroups:     cgroups{root: cgroupRoot, parent: cfg.CgroupParent},
 		scratch:     filepath.Join(cfg.Root, scratchDir),
 		credentials: cfg.Credentials,
 		fetch:       cfg.Fetch,

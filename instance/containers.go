@@ -120,6 +120,18 @@ func (n *node) Record(ctx context.Context, r record) error {
 	return nil
 }
 
+// Label implements tasks.
+func (n *node) Label(ctx context.Context, containerID string, labels map[string]string) error {
+	var paths []string
+	for k := range labels {
+		paths = append(paths, "labels."+k)
+	}
+	if _, err := n.client.ContainerService().Update(n.in(ctx), containers.Container{ID: containerID, Labels: labels}, paths...); err != nil {
+		return fmt.Errorf("label container %s: %w", containerID, err)
+	}
+	return nil
+}
+
 // Containers implements containerList.
 func (n *node) Containers(ctx context.Context) ([]containerInfo, error) {
 	ctx = n.in(ctx)
@@ -131,17 +143,21 @@ func (n *node) Containers(ctx context.Context) ([]containerInfo, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list processes: %w", errgrpc.ToNative(err))
 	}
-	status := map[string]task.Status{}
+	processes := map[string]*task.Process{}
 	for _, t := range all.Tasks {
-		status[t.ID] = t.Status
+		processes[t.ID] = t
 	}
 	var found []containerInfo
 	for _, c := range list {
 		if c.ID == containerID(c.Labels[labelInstance]) { // a sandbox's pause container has the label too
-			found = append(found, containerInfo{
-				ID: c.ID, Snapshot: c.SnapshotKey, Labels: c.Labels,
-				Running: status[c.ID] == task.Status_RUNNING, Ended: status[c.ID] == task.Status_STOPPED,
-			})
+			info := containerInfo{ID: c.ID, Snapshot: c.SnapshotKey, Labels: c.Labels, Pid: processes[c.ID].GetPid()}
+			switch processes[c.ID].GetStatus() {
+			case task.Status_RUNNING, task.Status_PAUSED, task.Status_PAUSING:
+				info.Running = true
+			case task.Status_STOPPED:
+				info.Ended = true
+			}
+			found = append(found, info)
 		}
 	}
 	return found, nil

@@ -130,6 +130,9 @@ func (e *Engine) container(id string) container {
 func (e *Engine) endCreation(i *instance, s sandbox, l launcher, err error) {
 	i.mu.Lock()
 	i.sandbox, i.launcher = s, l
+	if l != nil {
+		i.pid = l.Pid()
+	}
 	if err == nil && i.state == hearthv1.State_STATE_CREATING {
 		if !s.Created.IsZero() {
 			i.created = s.Created
@@ -144,8 +147,11 @@ func (e *Engine) endCreation(i *instance, s sandbox, l launcher, err error) {
 		e.log.Warn("instance not created", "instance", i.id, "error", err)
 	}
 	close(i.warm)
+	pid := i.pid
 	i.mu.Unlock()
 	if err != nil {
 		e.end(i, hearthv1.State_STATE_DRAINING, 0)
+		return
 	}
+	e.watchProcess(i, pid)
 }

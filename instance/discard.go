@@ -62,12 +62,17 @@ func (e *Engine) discard(ctx context.Context, req *hearthv1.DiscardRequest) erro
 	}
 }
 
-// end begins to discard an Instance: to is Draining when it is wanted so, Gone when it has ended by itself. Only one that serves
-// gets grace. It does not wait; calling it again is harmless.
+// end begins to discard an Instance: to is Draining when it is wanted so, Gone when it has ended by itself. Only one in which a
+// Function is, serving or frozen, gets grace. It does not wait; calling it again is harmless.
 func (e *Engine) end(i *instance, to hearthv1.State, grace time.Duration) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.state != hearthv1.State_STATE_SERVING || to == hearthv1.State_STATE_GONE {
+	e.endLocked(i, to, grace)
+}
+
+// endLocked is end for who holds i.mu.
+func (e *Engine) endLocked(i *instance, to hearthv1.State, grace time.Duration) {
+	if i.state != hearthv1.State_STATE_SERVING && i.state != hearthv1.State_STATE_FROZEN || to == hearthv1.State_STATE_GONE {
 		grace = 0
 	}
 	e.advance(i, to)
@@ -121,6 +126,9 @@ func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) e
 	box, snapshot := i.sandbox.ID, i.snapshot
 	i.mu.Unlock()
 	i.letGo()
+	if err := e.cgroups.thaw(i.id); err != nil { // a frozen process takes no signal
+		return err
+	}
 	if err := e.backend.StopTask(ctx, containerID(i.id), grace); err != nil {
 		return err
 	}

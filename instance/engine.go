@@ -27,8 +27,6 @@ const scratchDir = "scratch"
 // Engine is the engine of one node. All its methods are safe for concurrent use. Run has to be running; until it has read
 // containerd's state all calls fail with Unavailable.
 type Engine struct {
-	hearthv1connect.UnimplementedNodeServiceHandler
-
 	cfg     Config
 	log     *slog.Logger
 	backend backend
@@ -38,6 +36,7 @@ type Engine struct {
 	shelf   *shelf
 	logs    *logStore
 	cgroups cgroups
+	proc    string // where the kernel tells of memory and processes: /proc
 
 	launcherRoot string // root file system that launchers run in
 
@@ -45,6 +44,8 @@ type Engine struct {
 	stopped chan struct{}              // closed when Run takes no more jobs
 	opened  chan struct{}              // closed when the state has been rebuilt
 	check   chan struct{}              // asks for a comparison with containerd now
+
+	versions versions
 
 	mu        sync.Mutex // guards what follows; taken before an instance's mu, never after it
 	instances map[string]*instance
@@ -72,7 +73,7 @@ func New(cfg Config) (*Engine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("instance engine: %w", err)
 	}
-	e, err := newEngine(cfg, n)
+	e, err := newEngine(cfg, n, n.cgroups, "/proc")
 	if err != nil {
 		return nil, errors.Join(err, n.Close())
 	}
@@ -80,9 +81,9 @@ func New(cfg Config) (*Engine, error) {
 	return e, nil
 }
 
-func newEngine(cfg Config, b backend) (*Engine, error) {
+func newEngine(cfg Config, b backend, c cgroups, proc string) (*Engine, error) {
 	e := &Engine{
-		cfg: cfg, log: cfg.Logger, backend: b, cgroups: cgroups{parent: cfg.CgroupParent},
+		cfg: cfg, log: cfg.Logger, backend: b, cgroups: c, proc: proc,
 		jobs: make(chan func(context.Context)), stopped: make(chan struct{}), opened: make(chan struct{}),
 		check:     make(chan struct{}, 1),
 		instances: map[string]*instance{},
@@ -139,6 +140,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	group.Go(func() error { return e.runJobs(ctx) })
 	group.Go(func() error { return e.followExits(ctx) })
 	group.Go(func() error { return e.reconcileLoop(ctx) })
+	group.Go(func() error { return e.watchFrozen(ctx) })
 	err := group.Wait()
 	e.hub.close()
 	for _, i := range e.all() {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -19,7 +20,7 @@ import (
 )
 
 func TestOneOfManyClaimsWins(t *testing.T) {
-	f := newFake()
+	f := newFake(t)
 	e := run(t, f)
 	if err := create(e, "a"); err != nil {
 		t.Fatal(err)
@@ -46,7 +47,7 @@ func TestOneOfManyClaimsWins(t *testing.T) {
 }
 
 func TestSameClaimIsOneActivation(t *testing.T) {
-	f := newFake()
+	f := newFake(t)
 	e := run(t, f)
 	if err := create(e, "a"); err != nil {
 		t.Fatal(err)
@@ -67,7 +68,7 @@ func TestSameClaimIsOneActivation(t *testing.T) {
 }
 
 func TestEpochs(t *testing.T) {
-	e := run(t, newFake())
+	e := run(t, newFake(t))
 	for _, id := range []string{"a", "b"} {
 		if err := create(e, id); err != nil {
 			t.Fatal(err)
@@ -89,7 +90,7 @@ func TestEpochs(t *testing.T) {
 
 func TestClaimThatDoesNotServeByItsDeadlineIsDiscarded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFake()
+		f := newFake(t)
 		f.listens = false
 		e, stop := runUntil(t, f)
 		defer stop()
@@ -111,7 +112,7 @@ func TestClaimThatDoesNotServeByItsDeadlineIsDiscarded(t *testing.T) {
 
 func TestClaimWhoseCallerHasGoneIsFinished(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFake()
+		f := newFake(t)
 		release := make(chan struct{})
 		f.onLaunch = func(context.Context) error { <-release; return nil }
 		e, stop := runUntil(t, f)
@@ -141,7 +142,7 @@ func TestClaimWhoseCallerHasGoneIsFinished(t *testing.T) {
 
 func TestProcessThatEndsBeforeItListens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFake()
+		f := newFake(t)
 		f.listens = false
 		e, stop := runUntil(t, f)
 		defer stop()
@@ -167,11 +168,65 @@ func TestProcessThatEndsBeforeItListens(t *testing.T) {
 	})
 }
 
+// TestCrashWhileContainerdIsAway: the kernel tells of it, and what is left is removed when containerd is back.
+func TestCrashWhileContainerdIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		e, stop := runUntil(t, f)
+		defer stop()
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := activate(e, "a", "c", 1, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		f.set(func() { f.down = true })
+		begin := time.Now()
+		f.crash <- struct{}{}
+		for len(list(t, e)) > 0 {
+			time.Sleep(time.Millisecond)
+		}
+		if took := time.Since(begin); took > 100*time.Millisecond { // of the bubble's time
+			t.Errorf("it took %s", took)
+		}
+		f.set(func() { f.down = false })
+		time.Sleep(time.Minute)
+		if got := f.left(); got != nothing {
+			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+// TestCrashIsToldWithItsStatus: the kernel is faster than containerd, which has the status that the caller wants to know.
+func TestCrashIsToldWithItsStatus(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		f.listens = false
+		e, stop := runUntil(t, f)
+		defer stop()
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		answered := make(chan error)
+		go func() {
+			_, err := activate(e, "a", "c", 1, time.Minute)
+			answered <- err
+		}()
+		synctest.Wait()
+		f.crash <- struct{}{}
+		time.Sleep(time.Second)
+		f.exits <- instance.Exit{Container: "a.fn", Status: 3}
+		if err := <-answered; err == nil || !strings.Contains(err.Error(), "status 3") {
+			t.Errorf("%v does not tell the status", err)
+		}
+	})
+}
+
 func TestEndsThatNobodyAskedFor(t *testing.T) {
 	for name, x := range map[string]string{"process": "a.fn", "sandbox": "box-1"} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				f := newFake()
+				f := newFake(t)
 				e, stop := runUntil(t, f)
 				defer stop()
 				if err := create(e, "a"); err != nil {
@@ -202,7 +257,7 @@ func TestEndThatNobodyTold(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				f := newFake()
+				f := newFake(t)
 				e, stop := runUntil(t, f)
 				defer stop()
 				if err := create(e, "a"); err != nil {
@@ -222,44 +277,76 @@ func TestEndThatNobodyTold(t *testing.T) {
 	}
 }
 
-// TestStatesOnlyGrow does everything to a few Instances at once, in random order, and listens.
-func TestStatesOnlyGrow(t *testing.T) {
-	f := newFake()
+// follows are the states that may follow one.
+var follows = map[hearthv1.State]string{
+	hearthv1.State_STATE_UNSPECIFIED: "CREATING DRAINING", // of what nobody knew
+	hearthv1.State_STATE_CREATING:    "WARM DRAINING GONE",
+	hearthv1.State_STATE_WARM:        "CLAIMED DRAINING GONE",
+	hearthv1.State_STATE_CLAIMED:     "SERVING DRAINING GONE",
+	hearthv1.State_STATE_SERVING:     "FROZEN DRAINING GONE",
+	hearthv1.State_STATE_FROZEN:      "CLAIMED DRAINING GONE",
+	hearthv1.State_STATE_DRAINING:    "GONE",
+}
+
+// wantMoves listens until ctx is done, and fails at a move that may not be, or a version that is not newer.
+func wantMoves(ctx context.Context, e *instance.Engine, listening chan<- struct{}) error {
+	last := map[string]*hearthv1.Instance{}
+	return e.Watch(ctx, func(r *hearthv1.WatchInstancesResponse) error {
+		i := r.GetInstance()
+		if i == nil {
+			close(listening)
+			return nil
+		}
+		before := last[i.Id]
+		if !slices.Contains(strings.Fields(follows[before.GetState()]), strings.TrimPrefix(i.State.String(), "STATE_")) {
+			return fmt.Errorf("%s went from %s to %s", i.Id, before.GetState(), i.State)
+		}
+		if i.Version <= before.GetVersion() {
+			return fmt.Errorf("%s went from version %d to %d", i.Id, before.GetVersion(), i.Version)
+		}
+		if claimed := i.State == hearthv1.State_STATE_CLAIMED || i.State == hearthv1.State_STATE_SERVING; claimed && i.Claim == nil {
+			return fmt.Errorf("%s is %s without a claim", i.Id, i.State)
+		}
+		if last[i.Id] = i; i.State == hearthv1.State_STATE_GONE {
+			last[i.Id] = &hearthv1.Instance{Version: i.Version}
+		}
+		return nil
+	})
+}
+
+// TestMoves does everything to a few Instances at once, in random order, and listens.
+func TestMoves(t *testing.T) {
+	f := newFake(t)
 	e := run(t, f)
 	ctx, cancel := context.WithCancel(t.Context())
-	watched := make(chan error, 1)
-	go func() {
-		last := map[string]hearthv1.State{}
-		watched <- e.Watch(ctx, func(r *hearthv1.WatchInstancesResponse) error {
-			i := r.GetInstance()
-			if i == nil {
-				return nil
-			}
-			if i.State <= last[i.Id] {
-				return fmt.Errorf("%s went from %s to %s", i.Id, last[i.Id], i.State)
-			}
-			if last[i.Id] = i.State; i.State == hearthv1.State_STATE_GONE {
-				delete(last, i.Id)
-			}
-			return nil
-		})
-	}()
+	watched, listening := make(chan error, 1), make(chan struct{})
+	go func() { watched <- wantMoves(ctx, e, listening) }()
+	<-listening
+	var frozen, thawed atomic.Int32
 	var all sync.WaitGroup
 	for worker := range 8 {
 		random := rand.New(rand.NewPCG(1, uint64(worker)))
 		all.Go(func() {
 			for n := range 150 {
 				id := fmt.Sprint("i-", random.IntN(4))
-				switch random.IntN(5) {
+				switch random.IntN(12) {
 				case 0, 1:
 					_ = create(e, id)
-				case 2:
+				case 2, 3, 4, 5:
 					_, _ = activate(e, id, fmt.Sprintf("c-%d-%d", worker, n), 1, time.Minute)
-				case 3:
+				case 6, 7, 8, 9:
+					if _, err := freeze(e, id, 1); err != nil {
+						continue
+					}
+					frozen.Add(1)
+					if _, err := activate(e, id, fmt.Sprintf("d-%d-%d", worker, n), 1, time.Minute); err == nil {
+						thawed.Add(1)
+					}
+				case 10:
 					if err := discard(e, id, 1); err != nil {
 						t.Error(err)
 					}
-				case 4:
+				case 11:
 					f.set(func() {
 						if c, ok := f.containers[id+".fn"]; ok {
 							c.Running, c.Ended = false, true
@@ -274,8 +361,8 @@ func TestStatesOnlyGrow(t *testing.T) {
 		})
 	}
 	all.Wait()
-	for id := range list(t, e) {
-		if err := discard(e, id, 1); err != nil {
+	for n := range 4 { // also those that have gone by themselves: it returns when nothing of them is left
+		if err := discard(e, fmt.Sprint("i-", n), 1); err != nil {
 			t.Error(err)
 		}
 	}
@@ -286,11 +373,16 @@ func TestStatesOnlyGrow(t *testing.T) {
 	if got := f.left(); got != nothing {
 		t.Errorf("left: %s", got)
 	}
+	t.Logf("%d frozen, %d thawed", frozen.Load(), thawed.Load())
+}
+
+func hasPhase(answer *hearthv1.ActivateResponse, name string) bool {
+	return slices.ContainsFunc(answer.Phases, func(p *hearthv1.Phase) bool { return p.Name == name })
 }
 
 func TestDiscardWhileCreating(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFake()
+		f := newFake(t)
 		f.onLaunch = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 		e, stop := runUntil(t, f)
 		defer stop()
@@ -315,7 +407,7 @@ func TestDiscardWhileCreating(t *testing.T) {
 
 func TestContainerdAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFake()
+		f := newFake(t)
 		f.down = true
 		e, stop := runUntil(t, f)
 		defer stop()
@@ -338,7 +430,7 @@ func TestContainerdAway(t *testing.T) {
 }
 
 func TestSlowSubscriberIsLetGo(t *testing.T) {
-	e := run(t, newFake())
+	e := run(t, newFake(t))
 	listening, more := make(chan struct{}), make(chan struct{})
 	ended := make(chan error, 1)
 	go func() {

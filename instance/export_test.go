@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 
@@ -28,15 +29,16 @@ type (
 const (
 	LabelInstance, LabelClaim, LabelEpoch   = labelInstance, labelClaim, labelEpoch
 	LabelFunction, LabelRevision, LabelPort = labelFunction, labelRevision, labelPort
+	LabelFrozen, LabelVersion               = labelFrozen, labelVersion
 )
 
-// NewWithBackend makes an Engine over a fake containerd.
-func NewWithBackend(cfg Config, b backend) (*Engine, error) {
+// NewWithBackend makes an Engine over a fake containerd, whose cgroups and processes are directories below host.
+func NewWithBackend(cfg Config, b backend, host string) (*Engine, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	return newEngine(cfg, b)
+	return newEngine(cfg, b, cgroups{root: filepath.Join(host, "cgroup"), parent: cfg.CgroupParent}, filepath.Join(host, "proc"))
 }
 
 // Watch is WatchInstances without a connection.
@@ -87,3 +89,50 @@ func Detach(mounts []mount.Mount, scratch string) (*os.File, error) { return det
 
 // RelativeLowers shortens an overlay's options.
 func RelativeLowers(options []string) (base, joined string) { return relativeLowers(options) }
+
+// Keep is a frozen Instance as an eviction sees it.
+type Keep struct {
+	ID    string
+	Age   time.Duration
+	Thaws int
+	Bytes int64
+}
+
+func (k Keep) keep() keep { return keep{id: k.ID, age: k.Age, thaws: k.Thaws, bytes: k.Bytes} }
+
+// Worth of keeping it.
+func (k Keep) Worth() float64 { return k.keep().worth() }
+
+// Surplus tells which go.
+func Surplus(all []Keep, count int, total int64) (ids, reasons []string) {
+	var inner []keep
+	for _, k := range all {
+		inner = append(inner, k.keep())
+	}
+	return surplus(inner, count, total)
+}
+
+// Stall, MemInfo and EndPending read what the kernel says.
+func Stall(text []byte) (float64, bool)     { return stall(text) }
+func MemInfo(text []byte, key string) int64 { return memInfo(text, key) }
+func EndPending(status []byte) bool         { return endPending(status) }
+
+// Freezer is that of an Instance's cgroup PARENT/pod-x/fn, below root.
+type Freezer struct{ c cgroups }
+
+// NewFreezer makes one.
+func NewFreezer(root, parent string) Freezer { return Freezer{cgroups{root: root, parent: parent}} }
+
+// Directory is the cgroup's: in the freezer's hierarchy, where there are several.
+func (f Freezer) Directory() string {
+	return filepath.Dir(f.c.file("x", "freezer", "freezer.state", "cgroup.freeze"))
+}
+
+// Freeze freezes it.
+func (f Freezer) Freeze(ctx context.Context) error { return f.c.freeze(ctx, "x") }
+
+// Thaw thaws it.
+func (f Freezer) Thaw() error { return f.c.thaw("x") }
+
+// Thawed tells whether it is.
+func (f Freezer) Thawed() (bool, error) { return f.c.thawed("x") }

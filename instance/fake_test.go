@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -36,16 +38,23 @@ type fake struct {
 	pulls      int
 	launched   map[string]bool // by container
 	started    int
+	grace      time.Duration // of the last StopTask
 	listens    bool
 	exits      chan instance.Exit
+	crash      chan struct{} // the kernel says that a process has ended
 	prefetch   instance.Prefetcher
 	onLaunch   func(ctx context.Context) error
+	onLabel    func(ctx context.Context) error
+	host       string // where the fake's cgroups and /proc are, like the kernel's
+	config     instance.Config
 }
 
-func newFake() *fake {
+func newFake(t *testing.T) *fake {
+	t.Helper()
 	return &fake{
+		host:      t.TempDir(),
 		sandboxes: map[string]instance.Sandbox{}, containers: map[string]instance.ContainerInfo{}, snapshots: map[string]bool{},
-		images: map[string]bool{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit),
+		images: map[string]bool{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit), crash: make(chan struct{}),
 	}
 }
 
@@ -132,13 +141,42 @@ func (f *fake) PreparedSnapshots(context.Context) (keys []string, err error) {
 	return keys, err
 }
 
+// cgroupFile is a file of an Instance's cgroup.
+func (f *fake) cgroupFile(id, hierarchy, name string) string {
+	return filepath.Join(f.host, "cgroup", hierarchy, "hearth-fake", "pod-"+id, "fn", name)
+}
+
+// makeCgroup makes an Instance's cgroup as version 1 has them, with its freezer in a state.
+func (f *fake) makeCgroup(id, state string) error {
+	for path, text := range map[string]string{
+		f.cgroupFile(id, "freezer", "freezer.state"):        state,
+		f.cgroupFile(id, "memory", "memory.usage_in_bytes"): "3145728",
+		f.cgroupFile(id, "memory", "memory.stat"):           "total_inactive_file 1048576\n",
+	} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o644)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// freezer is the state of an Instance's freezer.
+func (f *fake) freezer(t *testing.T, id string) string {
+	t.Helper()
+	text, err := os.ReadFile(f.cgroupFile(id, "freezer", "freezer.state"))
+	if err != nil {
+		t.Error(err)
+	}
+	return string(text)
+}
+
 func (f *fake) CreateTask(_ context.Context, c instance.Container) (instance.Launcher, error) {
 	err := f.locked(func() error {
 		if _, ok := f.containers[c.ID]; ok {
 			return errdefs.ErrAlreadyExists
 		}
 		f.containers[c.ID] = instance.ContainerInfo{ID: c.ID, Labels: c.Labels, Running: true}
-		return nil
+		return f.makeCgroup(strings.TrimSuffix(c.ID, ".fn"), "THAWED")
 	})
 	return &fakeLauncher{f}, err
 }
@@ -173,8 +211,25 @@ func (*fakeLauncher) Pid() uint32 { return 1 }
 
 func (*fakeLauncher) Close() error { return nil }
 
-func (f *fake) StopTask(_ context.Context, id string, _ time.Duration) error {
-	return f.locked(func() error { delete(f.containers, id); return nil })
+func (f *fake) StopTask(_ context.Context, id string, grace time.Duration) error {
+	return f.locked(func() error {
+		state, _ := os.ReadFile(f.cgroupFile(strings.TrimSuffix(id, ".fn"), "freezer", "freezer.state"))
+		if string(state) == "FROZEN" {
+			return errors.New("a frozen process takes no signal")
+		}
+		f.grace = grace
+		delete(f.containers, id)
+		return nil
+	})
+}
+
+func (f *fake) AwaitEnd(ctx context.Context, _ uint32) error {
+	select {
+	case <-f.crash:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func (f *fake) Record(_ context.Context, r instance.Record) error {
@@ -185,6 +240,25 @@ func (f *fake) Record(_ context.Context, r instance.Record) error {
 		}
 		c.Labels, c.Snapshot = r.Labels, r.Snapshot
 		f.containers[r.ID] = c
+		return nil
+	})
+}
+
+func (f *fake) Label(ctx context.Context, id string, labels map[string]string) error {
+	if f.onLabel != nil {
+		if err := f.onLabel(ctx); err != nil {
+			return err
+		}
+	}
+	return f.locked(func() error {
+		c, ok := f.containers[id]
+		if !ok {
+			return errdefs.ErrNotFound
+		}
+		c.Labels = maps.Clone(c.Labels)
+		maps.Copy(c.Labels, labels)
+		maps.DeleteFunc(c.Labels, func(_, v string) bool { return v == "" })
+		f.containers[id] = c
 		return nil
 	})
 }
@@ -245,10 +319,10 @@ func run(t *testing.T, f *fake) *instance.Engine {
 // runUntil is run with an end.
 func runUntil(t *testing.T, f *fake) (*instance.Engine, func()) {
 	t.Helper()
-	e, err := instance.NewWithBackend(instance.Config{
-		Node: "node", Root: t.TempDir(), Address: "/none", CgroupParent: "/hearth-fake", ResolvConf: "/none", Dial: f.dial,
-		Prefetch: f.prefetch,
-	}, f)
+	cfg := f.config
+	cfg.Node, cfg.Root, cfg.Address, cfg.CgroupParent, cfg.ResolvConf = "node", t.TempDir(), "/none", "/hearth-fake", "/none"
+	cfg.Dial, cfg.Prefetch, cfg.Launcher = f.dial, f.prefetch, "/none"
+	e, err := instance.NewWithBackend(cfg, f, f.host)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -300,6 +374,14 @@ func discard(e *instance.Engine, id string, epoch int64) error {
 		InstanceId: id, Epoch: epoch, Grace: durationpb.New(0),
 	}))
 	return err
+}
+
+func freeze(e *instance.Engine, id string, epoch int64) (*hearthv1.Instance, error) {
+	r, err := e.Freeze(context.Background(), connect.NewRequest(&hearthv1.FreezeRequest{InstanceId: id, Epoch: epoch}))
+	if err != nil {
+		return nil, err
+	}
+	return r.Msg.Instance, nil
 }
 
 func prepare(e *instance.Engine, n int32) (*hearthv1.PrepareRevisionResponse, error) {

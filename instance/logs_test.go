@@ -39,7 +39,7 @@ func write(t *testing.T, e *instance.Engine, id, text string, at time.Time) stri
 }
 
 func TestLogs(t *testing.T) {
-	e := run(t, newFake())
+	e := run(t, newFake(t))
 	write(t, e, "old", "1\n2\n3\n", time.Unix(1000, 0))
 	write(t, e, "new", "4\n\n6", time.Unix(2000, 0))
 	for name, c := range map[string]struct {
@@ -67,7 +67,7 @@ func TestLogs(t *testing.T) {
 }
 
 func TestLogsFollow(t *testing.T) {
-	e := run(t, newFake())
+	e := run(t, newFake(t))
 	path := write(t, e, "a", "before\nhalf", time.Time{})
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
@@ -101,7 +101,7 @@ func TestLogsFollow(t *testing.T) {
 }
 
 func TestOnlyTheLastLogsAreKept(t *testing.T) {
-	e := run(t, newFake())
+	e := run(t, newFake(t))
 	for n := range 13 {
 		id := fmt.Sprintf("i-%02d", n)
 		if err := create(e, id); err != nil {
@@ -135,7 +135,7 @@ func TestOnlyTheLastLogsAreKept(t *testing.T) {
 }
 
 func TestLogsRefuse(t *testing.T) {
-	e := run(t, newFake())
+	e := run(t, newFake(t))
 	for name, c := range map[string]struct {
 		req  *hearthv1.LogsRequest
 		code connect.Code

@@ -16,6 +16,11 @@ type metrics struct {
 	phases      *prometheus.HistogramVec
 	instances   *prometheus.GaugeVec
 	prepared    prometheus.Gauge
+	freezes     *prometheus.CounterVec
+	thaws       *prometheus.CounterVec
+	thawSeconds prometheus.Histogram
+	evictions   *prometheus.CounterVec
+	frozenBytes prometheus.Gauge
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -33,9 +38,27 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		prepared: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "hearth_instance_prepared_snapshots", Help: "Snapshots that wait for an activation.",
 		}),
+		freezes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_instance_freezes_total", Help: "Attempts to freeze an instance, by outcome.",
+		}, []string{"outcome"}),
+		thaws: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_instance_thaws_total", Help: "Activations of frozen instances, by outcome.",
+		}, []string{"outcome"}),
+		thawSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "hearth_instance_thaw_seconds", Help: "Time in which the freezer has let an instance's processes go on.",
+			Buckets: prometheus.ExponentialBuckets(0.00002, 2, 16),
+		}),
+		evictions: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_instance_evictions_total", Help: "Frozen instances given up, by the bound: count, bytes, or the node's memory pressure.",
+		}, []string{"reason"}),
+		frozenBytes: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "hearth_instance_frozen_bytes", Help: "Memory that the frozen instances used when they were frozen.",
+		}),
 	}
 	var errs []error
-	for _, c := range []prometheus.Collector{m.activations, m.phases, m.instances, m.prepared} {
+	for _, c := range []prometheus.Collector{
+		m.activations, m.phases, m.instances, m.prepared, m.freezes, m.thaws, m.thawSeconds, m.evictions, m.frozenBytes,
+	} {
 		errs = append(errs, r.Register(c))
 	}
 	return m, errors.Join(errs...)
@@ -63,7 +86,7 @@ func (m *metrics) activated(outcome string, phases []*hearthv1.Phase) {
 	}
 	for _, p := range phases {
 		switch p.Name {
-		case phaseImage, phaseSnapshot, phaseCreate, phaseProcess:
+		case phaseImage, phaseSnapshot, phaseCreate, phaseProcess, phaseThaw, phaseResume:
 			m.phases.WithLabelValues(p.Name).Observe(time.Duration(p.Duration.AsDuration()).Seconds())
 		}
 	}

@@ -36,7 +36,7 @@ func TestRebuild(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				f := newFake()
+				f := newFake(t)
 				f.snapshots["hearth-orphan"] = true
 				if c.box {
 					if _, err := f.RunSandbox(t.Context(), "a"); err != nil {
@@ -97,7 +97,7 @@ func wantAdopted(t *testing.T, e *instance.Engine, f *fake) {
 
 func TestSnapshotsAreKeptPrepared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFake()
+		f := newFake(t)
 		e, stop := runUntil(t, f)
 		defer stop()
 		answer, err := prepare(e, 3)
@@ -148,7 +148,7 @@ func forget(t *testing.T, e *instance.Engine, image bool) {
 
 func TestImageRemovedBehindTheEngine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFake()
+		f := newFake(t)
 		e, stop := runUntil(t, f)
 		defer stop()
 		if _, err := prepare(e, 0); err != nil {
@@ -185,7 +185,7 @@ func (r *reader) ReadAhead(_ context.Context, image digest.Digest, _ *os.File) {
 // TestPrefetch prepares an image, which is read ahead with each snapshot, and starts it, which is told.
 func TestPrefetch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f, r := newFake(), &reader{started: map[digest.Digest]int{}, ahead: map[digest.Digest]int{}}
+		f, r := newFake(t), &reader{started: map[digest.Digest]int{}, ahead: map[digest.Digest]int{}}
 		f.prefetch = r
 		e, stop := runUntil(t, f)
 		defer stop()

@@ -69,7 +69,7 @@ func (e *Engine) reconcile(ctx context.Context) error {
 	if err := e.backend.Ready(bounded); err != nil {
 		return err
 	}
-	before := e.states()
+	before := e.seen()
 	s, err := e.survey(bounded)
 	if err != nil {
 		return err
@@ -94,15 +94,15 @@ func (e *Engine) reconcile(ctx context.Context) error {
 	return nil
 }
 
-// states returns the state of every Instance.
-func (e *Engine) states() map[string]hearthv1.State {
-	states := map[string]hearthv1.State{}
+// seen returns the version of every Instance.
+func (e *Engine) seen() map[string]int64 {
+	all := map[string]int64{}
 	for _, i := range e.all() {
 		i.mu.Lock()
-		states[i.id] = i.state
+		all[i.id] = i.version
 		i.mu.Unlock()
 	}
-	return states
+	return all
 }
 
 // rebuild takes over what a former engine left.
@@ -128,7 +128,7 @@ func (e *Engine) rebuild(ctx context.Context, s *survey) error {
 	return nil
 }
 
-// adopt makes an Instance of what is there: Warm, Serving or, with the reason as error, one that has to be discarded.
+// adopt makes an Instance of what is there: Warm, Serving, Frozen or, with the reason as error, one that has to be discarded.
 func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, error) {
 	c := s.containers[id]
 	i := orphan(id, c)
@@ -147,6 +147,13 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 		return i, err
 	}
 	i.sandbox, i.created = box, box.Created
+	runs, err := e.cgroups.thawed(id)
+	if err != nil {
+		return i, err
+	}
+	if i.claim == nil && !runs {
+		return i, errors.New("it is frozen and nothing is recorded of it")
+	}
 	if i.claim == nil {
 		if i.launcher, err = e.backend.FindTask(ctx, e.container(id)); err == nil {
 			i.state = hearthv1.State_STATE_WARM
@@ -156,6 +163,12 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	if i.revision.Port == 0 {
 		return i, errors.New("its labels are not complete")
 	}
+	if !runs {
+		return i, e.adoptFrozen(ctx, i, c)
+	}
+	if c.Labels[labelFrozen] != "" {
+		return i, errors.New("it was thawed, and nobody has recorded by which claim")
+	}
 	i.state, i.address = hearthv1.State_STATE_SERVING, i.endpoint().String()
 	i.start = &activation{
 		claim: i.claim, revision: i.revision, trace: newTrace(time.Now()), done: make(chan struct{}), answer: i.proto(e.cfg.Node),
@@ -164,10 +177,32 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	return i, nil
 }
 
+// adoptFrozen takes over an Instance whose freezer holds it. It may not have come to a stop yet, and it may not have been noted:
+// then it is noted first, for the next claim thaws it before it is recorded.
+func (e *Engine) adoptFrozen(ctx context.Context, i *instance, c containerInfo) error {
+	since, err := time.Parse(time.RFC3339Nano, c.Labels[labelFrozen])
+	if err != nil {
+		since = time.Now()
+		if err := e.noteFrozen(ctx, i.id, since); err != nil {
+			return err
+		}
+	}
+	used, err := e.hold(ctx, i.id)
+	if err != nil {
+		return fmt.Errorf("it does not freeze: %s", err) // its kind is nothing of containerd's
+	}
+	i.state, i.address = hearthv1.State_STATE_FROZEN, i.endpoint().String()
+	i.frozen = frozen{since: since, claim: i.claim.GetId(), bytes: used}
+	return nil
+}
+
 // orphan is an Instance of which nothing is known but what its container's labels say. Its state is Draining.
 func orphan(id string, c containerInfo) *instance {
 	i := newInstance(id, hearthv1.State_STATE_DRAINING, time.Now())
 	close(i.warm)
+	close(i.recorded)
+	i.pid = c.Pid
+	i.version, _ = strconv.ParseInt(c.Labels[labelVersion], 10, 64) // 0 when malformed: none
 	if c.Labels[labelClaim] == "" {
 		return i
 	}
@@ -192,28 +227,35 @@ func (e *Engine) install(i *instance) {
 		e.shelf.hold(i.snapshot)
 	}
 	_ = e.admit(max(i.claim.GetEpoch(), 0)) // one that is lower than another's changes nothing
+	e.versions.seen(i.version)
 	i.mu.Lock()
 	state := i.state
+	if state == hearthv1.State_STATE_FROZEN {
+		i.claim = nil // it is over
+	}
 	i.state = hearthv1.State_STATE_UNSPECIFIED
 	e.advance(i, state)
 	i.mu.Unlock()
 	switch state {
 	case hearthv1.State_STATE_DRAINING:
 		e.end(i, hearthv1.State_STATE_DRAINING, 0)
-	case hearthv1.State_STATE_SERVING:
+	case hearthv1.State_STATE_SERVING, hearthv1.State_STATE_FROZEN:
 		e.limitCPU(i.id, i.revision.GetResources().GetCpuMillis())
+		fallthrough
+	case hearthv1.State_STATE_WARM:
+		e.watchProcess(i, i.pid)
 	}
 }
 
 // compare looks for what nobody told. before is how things stood before containerd was asked, so that what changed since is not
 // taken for a difference.
-func (e *Engine) compare(s *survey, before map[string]hearthv1.State) {
+func (e *Engine) compare(s *survey, before map[string]int64) {
 	for _, i := range e.all() {
 		i.mu.Lock()
-		state, box := i.state, i.sandbox.ID
+		state, version, box := i.state, i.version, i.sandbox.ID
 		i.mu.Unlock()
-		if state == before[i.id] && state >= hearthv1.State_STATE_WARM && state < hearthv1.State_STATE_DRAINING {
-			e.compareOne(i, s, state, box)
+		if version == before[i.id] && state >= hearthv1.State_STATE_WARM && state < hearthv1.State_STATE_DRAINING {
+			e.compareOne(i, s, state, version, box)
 		}
 	}
 	for id := range s.ids() {
@@ -226,7 +268,7 @@ func (e *Engine) compare(s *survey, before map[string]hearthv1.State) {
 }
 
 // compareOne ends an Instance of which something is missing.
-func (e *Engine) compareOne(i *instance, s *survey, state hearthv1.State, box string) {
+func (e *Engine) compareOne(i *instance, s *survey, state hearthv1.State, version int64, box string) {
 	c, ok := s.containers[i.id]
 	switch {
 	case !alive(s.sandboxes[i.id], box):
@@ -234,6 +276,10 @@ func (e *Engine) compareOne(i *instance, s *survey, state hearthv1.State, box st
 		e.end(i, hearthv1.State_STATE_GONE, 0)
 	case c.Ended, state != hearthv1.State_STATE_CLAIMED && !(ok && c.Running):
 		e.processEnded(i, unknownStatus)
+	case state == hearthv1.State_STATE_FROZEN:
+		if runs, err := e.cgroups.thawed(i.id); err == nil && runs {
+			e.endFrozen(i, version, "somebody else has thawed it")
+		}
 	}
 }
 

@@ -24,9 +24,17 @@ import (
 // score, which needs no privilege.
 const oomScore = 500
 
+// capabilities are those that images expect which start as root and then become somebody else (nginx, postgres): to own files, to
+// change the user, to end their children, to bind port 80. Of what the CRI gives, this leaves out raw sockets, device nodes,
+// chroot, file capabilities and the audit log, which no Function needs and attacks do.
+var capabilities = []string{
+	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_NET_BIND_SERVICE",
+}
+
 // spec describes an Instance's container as it is made, with the launcher in it: the pod's network, IPC and host name,
-// everything else its own, and the restrictions that the CRI gives an ordinary container, plus no new privileges. The Function's
-// process inherits them all.
+// everything else its own, and the restrictions that the CRI gives an ordinary container, plus no new privileges, fewer
+// capabilities, and bounds for processes and memory. The Function's process inherits them all. Its tmpfs (/run, /dev, /dev/shm)
+// have 64 MiB each and count as its memory.
 func (e *Engine) spec(ctx context.Context, id string, box sandbox) (*specs.Spec, error) {
 	// containerd's own defaults: capabilities, mounts, masked and read-only paths, devices. They depend on nothing but the name.
 	ctx = namespaces.WithNamespace(ctx, e.cfg.Namespace)
@@ -43,7 +51,14 @@ func (e *Engine) spec(ctx context.Context, id string, box sandbox) (*specs.Spec,
 	s.Process.OOMScoreAdj = &score
 	s.Process.Rlimits = nil // the shim's, as with the CRI
 	s.Mounts = append(s.Mounts, e.mounts(id)...)
+	s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities}
 	s.Linux.CgroupsPath = e.cgroups.function(id)
+	s.Linux.Resources.Pids = &specs.LinuxPids{Limit: &e.cfg.PidsLimit}
+	s.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &e.cfg.MemoryBytes}
+	if e.cgroups.swaps() {
+		both := 2 * e.cfg.MemoryBytes // as runc wants it: memory and swap; so that a hog does not take all of the node's swap
+		s.Linux.Resources.Memory.Swap = &both
+	}
 	s.Linux.Namespaces = []specs.LinuxNamespace{
 		{Type: specs.PIDNamespace},
 		{Type: specs.MountNamespace},

@@ -190,7 +190,7 @@ func (e *Engine) processEnded(i *instance, status uint32) {
 		i.status = status
 		close(i.exited)
 	}
-	gone := i.state == hearthv1.State_STATE_WARM || i.state == hearthv1.State_STATE_SERVING
+	gone := i.state == hearthv1.State_STATE_WARM || i.state == hearthv1.State_STATE_SERVING || i.state == hearthv1.State_STATE_FROZEN
 	i.mu.Unlock()
 	if gone {
 		e.log.Warn("instance's process ended", "instance", i.id, "status", status)

@@ -2,9 +2,12 @@ package instance
 
 import (
 	"context"
+	"math"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -20,22 +23,28 @@ type instance struct {
 
 	mu       sync.Mutex
 	state    hearthv1.State
+	version  int64 // of what was told last
 	created  time.Time
 	sandbox  sandbox
 	launcher launcher // from Warm on; nil after a restart that found the Function running
+	pid      uint32   // of the Function's process; 0 before there is one
 	snapshot string   // key of the Function's root file system
 	address  string
-	claim    *hearthv1.Claim
+	claim    *hearthv1.Claim // nil before it is claimed, and while it is frozen
 	revision *hearthv1.Revision
-	image    string // normalized reference, once claimed
-	chainID  string // of its layers, once known
-	start    *activation
+	image    string        // normalized reference, once claimed
+	chainID  string        // of its layers, once known
+	start    *activation   // of the claim
 	failure  error         // why it could not be created
 	warm     chan struct{} // closed when creation has ended, well or not
-	work     work          // creation or activation under way
+	work     work          // creation, activation or freezing under way
 	ending   bool          // somebody discards it already
 	exited   chan struct{} // closed when the Function's process has ended
 	status   uint32        // its exit status, then
+	recorded chan struct{} // closed when containerd knows what the claim has made of it
+	resumer  resumer       // told after a thaw; nil for an image's process
+	freeze   *freezing     // under way
+	frozen   frozen        // what was noted when it was frozen last
 }
 
 // work is something under way that a discard has to end first. The zero value is nothing.
@@ -47,7 +56,7 @@ type work struct {
 func newInstance(id string, state hearthv1.State, created time.Time) *instance {
 	return &instance{
 		id: id, state: state, created: created,
-		done: make(chan struct{}), warm: make(chan struct{}), exited: make(chan struct{}),
+		done: make(chan struct{}), warm: make(chan struct{}), exited: make(chan struct{}), recorded: make(chan struct{}),
 	}
 }
 
@@ -69,7 +78,10 @@ func (i *instance) proto(node string) *hearthv1.Instance {
 	p := &hearthv1.Instance{
 		Id: i.id, Node: node, State: i.state, Degree: hearthv1.Degree_DEGREE_SANDBOX,
 		Address: i.address, CreatedAt: timestamppb.New(i.created),
-		Function: i.revision.GetFunction(), Revision: i.revision.GetName(),
+		Function: i.revision.GetFunction(), Revision: i.revision.GetName(), Version: i.version,
+	}
+	if i.state == hearthv1.State_STATE_FROZEN {
+		p.Degree, p.MemoryBytes = hearthv1.Degree_DEGREE_REVISION, i.frozen.bytes
 	}
 	if i.claim != nil {
 		p.Claim = proto.CloneOf(i.claim)
@@ -85,18 +97,61 @@ func (i *instance) endpoint() netip.AddrPort {
 	return netip.AddrPortFrom(i.sandbox.IP, uint16(i.revision.GetPort()))
 }
 
-// advance moves an Instance to a later state and tells everyone; a move that is not forward changes nothing and is false.
+// moves are the states that may follow one. An Instance is never Warm again. What a former engine left may begin anywhere.
+var moves = map[hearthv1.State][]hearthv1.State{
+	hearthv1.State_STATE_UNSPECIFIED: {
+		hearthv1.State_STATE_CREATING, hearthv1.State_STATE_WARM, hearthv1.State_STATE_SERVING, hearthv1.State_STATE_FROZEN,
+		hearthv1.State_STATE_DRAINING, hearthv1.State_STATE_GONE,
+	},
+	hearthv1.State_STATE_CREATING: {hearthv1.State_STATE_WARM, hearthv1.State_STATE_DRAINING, hearthv1.State_STATE_GONE},
+	hearthv1.State_STATE_WARM:     {hearthv1.State_STATE_CLAIMED, hearthv1.State_STATE_DRAINING, hearthv1.State_STATE_GONE},
+	hearthv1.State_STATE_CLAIMED:  {hearthv1.State_STATE_SERVING, hearthv1.State_STATE_DRAINING, hearthv1.State_STATE_GONE},
+	hearthv1.State_STATE_SERVING:  {hearthv1.State_STATE_FROZEN, hearthv1.State_STATE_DRAINING, hearthv1.State_STATE_GONE},
+	hearthv1.State_STATE_FROZEN:   {hearthv1.State_STATE_CLAIMED, hearthv1.State_STATE_DRAINING, hearthv1.State_STATE_GONE},
+	hearthv1.State_STATE_DRAINING: {hearthv1.State_STATE_GONE},
+}
+
+// advance moves an Instance to another state and tells everyone; a move that may not be made changes nothing and is false.
 // i.mu must be held, so that what is told is in the order of what happened.
 func (e *Engine) advance(i *instance, to hearthv1.State) bool {
-	if to <= i.state { // nothing here freezes, so that states only grow
+	if !slices.Contains(moves[i.state], to) {
 		return false
 	}
 	e.metrics.moved(i.state, to)
 	e.log.Info("instance moved", "instance", i.id, "from", i.state.String(), "to", to.String(),
 		"function", i.revision.GetFunction(), "claim", i.claim.GetId())
-	i.state = to
+	i.state, i.version = to, e.versions.next()
 	e.hub.publish(i.proto(e.cfg.Node))
 	return true
+}
+
+// versions numbers changes. They grow over restarts too: a number is the wall clock's nanoseconds, or one more than the last where
+// that is larger. Labels keep the numbers of what is recorded, for a clock that was set back in between.
+type versions struct{ last atomic.Int64 }
+
+// versionsAhead is how many changes may go unrecorded before a restart with a clock that was set back.
+const versionsAhead = 1 << 30
+
+func (v *versions) next() int64 {
+	for {
+		last := v.last.Load()
+		next := max(last+1, time.Now().UnixNano())
+		if v.last.CompareAndSwap(last, next) {
+			return next
+		}
+	}
+}
+
+// seen says that a former engine has used a number.
+func (v *versions) seen(n int64) {
+	if n <= 0 || n > math.MaxInt64-versionsAhead {
+		return // no number of ours
+	}
+	for last := v.last.Load(); last < n+versionsAhead; last = v.last.Load() {
+		if v.last.CompareAndSwap(last, n+versionsAhead) {
+			return
+		}
+	}
 }
 
 // labels of the container of an Instance that serves; mu must be held.
@@ -106,6 +161,7 @@ func (i *instance) labels(node string) map[string]string {
 		labelInstance: i.id,
 		labelClaim:    i.claim.GetId(),
 		labelEpoch:    strconv.FormatInt(i.claim.GetEpoch(), 10),
+		labelVersion:  strconv.FormatInt(i.version, 10),
 		labelFunction: i.revision.GetFunction(),
 		labelRevision: i.revision.GetName(),
 		labelImage:    i.image,

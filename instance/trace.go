@@ -17,6 +17,8 @@ const (
 	phaseSnapshot = "snapshot" // a root file system that was not prepared ahead
 	phaseCreate   = "create"   // the container made the Function's, until its process is executed
 	phaseProcess  = "process"  // until it listens
+	phaseThaw     = "thaw"     // a frozen process let go on
+	phaseResume   = "resume"   // its loader made ready after a thaw
 )
 
 // trace collects the phases of one start, from begin on.

@@ -14,7 +14,7 @@ import (
 )
 
 func TestActivateRefuses(t *testing.T) {
-	e := run(t, newFake())
+	e := run(t, newFake(t))
 	if err := create(e, "a"); err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +67,7 @@ func TestActivateRefuses(t *testing.T) {
 }
 
 func TestOthersRefuse(t *testing.T) {
-	e := run(t, newFake())
+	e := run(t, newFake(t))
 	wantCode(t, create(e, "Not_A_Label"), connect.CodeInvalidArgument)
 	wantCode(t, create(e, strings.Repeat("x", 64)), connect.CodeInvalidArgument)
 	_, err := e.CreateInstance(t.Context(), connect.NewRequest(&hearthv1.CreateInstanceRequest{Id: "a", Degree: hearthv1.Degree_DEGREE_RUNTIME}))

@@ -652,7 +652,7 @@ func (x *Scaling) GetFrozen() int32 {
 	return 0
 }
 
-// Resources limit an Instance. Zero means no limit.
+// Resources limit an Instance. Zero means the node's limit for memory, and none for the processor.
 type Resources struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	MemoryBytes   int64                  `protobuf:"varint,1,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`

@@ -35,6 +35,7 @@ type options struct {
 	memory    int64
 	limits    layer.Limits
 	snaps     snapshotter.Config
+	engine    instance.Config
 }
 
 func main() {
@@ -63,6 +64,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.BoolVar(&o.keepBlobs, "keep-blobs", false, "keep the compressed layers in containerd's content store too, for ctr images export, mirrors and pushing")
 	o.limits.Flags(f)
 	o.snaps.Flags(f)
+	o.engine.Flags(f)
 }
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
@@ -79,12 +81,11 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	if err != nil {
 		return errors.Join(err, snaps.Close())
 	}
-	config := instance.Config{
-		Node: o.node, Root: o.root, Address: o.containerd, CgroupParent: o.cgroup,
-		Credentials: blobs.Credentials, Fetch: snaps.Fetch, Prefetch: ahead,
-		Phases: func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) },
-		Logger: rt.Log, Registerer: rt.Registry,
-	}
+	config := o.engine
+	config.Node, config.Root, config.Address, config.CgroupParent = o.node, o.root, o.containerd, o.cgroup
+	config.Credentials, config.Fetch, config.Prefetch = blobs.Credentials, snaps.Fetch, ahead
+	config.Phases = func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) }
+	config.Logger, config.Registerer = rt.Log, rt.Registry
 	group, ctx := errgroup.WithContext(ctx)
 	if listens, err := bpf.NewListenWatcher(rt.Log); err != nil {
 		rt.Log.Warn("the kernel does not tell when functions listen, they are asked instead", "reason", err)

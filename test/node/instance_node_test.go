@@ -33,7 +33,9 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -50,6 +52,8 @@ func main() {
 		time.Sleep(time.Hour)
 	case "loopback":
 		host = "127.0.0.1"
+	case "ignore":
+		signal.Ignore(syscall.SIGTERM)
 	}
 	l, err := net.Listen("tcp", host+":"+os.Getenv("PORT"))
 	if err != nil {
@@ -66,6 +70,34 @@ func main() {
 		}
 	})
 	http.HandleFunc("/log", func(w http.ResponseWriter, r *http.Request) { fmt.Println(r.URL.Query().Get("line")) })
+	http.HandleFunc("/fork", func(w http.ResponseWriter, r *http.Request) {
+		for {
+			_, err := syscall.ForkExec("/proc/self/exe", []string{"function", "sleep"}, &syscall.ProcAttr{})
+			if err != nil {
+				fmt.Fprint(w, err)
+				return
+			}
+		}
+	})
+	http.HandleFunc("/hog", func(w http.ResponseWriter, r *http.Request) {
+		for hoard := [][]byte{}; ; {
+			block := make([]byte, 1<<20)
+			for n := range block {
+				block[n] = 1
+			}
+			hoard = append(hoard, block)
+		}
+	})
+	http.HandleFunc("/fill", func(w http.ResponseWriter, r *http.Request) {
+		f, err := os.Create(r.URL.Query().Get("name"))
+		written := 0
+		for block := make([]byte, 1<<16); err == nil; {
+			var n int
+			n, err = f.Write(block)
+			written += n
+		}
+		fmt.Fprint(w, written>>20, " MiB, ", err)
+	})
 	http.HandleFunc("/exit", func(w http.ResponseWriter, r *http.Request) { os.Exit(7) })
 	http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello") })
 	panic(http.Serve(l, nil))

@@ -126,7 +126,7 @@ func TestInstanceLives(t *testing.T) {
 		}
 	}
 	status := n.get(address, "/file?name=/proc/self/status")
-	for _, want := range []string{"NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t00000000a80425fb"} {
+	for _, want := range []string{"NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t00000000000004fb", "CapBnd:\t00000000000004fb"} {
 		if !strings.Contains(status, want) {
 			t.Errorf("its status has no %q:\n%s", want, status)
 		}

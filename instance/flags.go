@@ -1,0 +1,16 @@
+package instance
+
+import (
+	"github.com/spf13/pflag"
+
+	"github.com/hearth-serverless/hearth/internal/daemon"
+)
+
+// Flags defines the flags of what people may want to set.
+func (c *Config) Flags(f *pflag.FlagSet) {
+	daemon.BytesVar(f, &c.MemoryBytes, "instance-memory", 1<<30, "memory limit of an instance whose function names none: a function that takes more is killed, and no other")
+	f.Int64Var(&c.PidsLimit, "instance-pids", 1024, "processes and threads that an instance may have, against fork bombs")
+	f.IntVar(&c.MaxFrozen, "max-frozen", 256, "frozen instances that the node keeps: they cost memory and no processor, and serve again within milliseconds; -1 keeps none")
+	daemon.BytesVar(f, &c.FrozenBytes, "frozen-memory", 0, "memory that the frozen instances may keep together; what was needed least, for its size, is ended first (0: a quarter of the node's memory)")
+	f.Float64Var(&c.MemoryPressure, "memory-pressure", 10, "percent of the last 10 s for which programs of the node waited for memory (avg10 of \"some\" in /proc/pressure/memory) from which on frozen instances are ended, one a second; on kernels without it, when less than 1/16 of the memory is available")
+}
