@@ -27,6 +27,12 @@ const (
 	labelChain    = "hearth.dev/chain"
 	labelPort     = "hearth.dev/port"
 	labelCPU      = "hearth.dev/cpu-millis"
+
+	labelRuntime    = "hearth.dev/runtime"
+	labelGeneration = "hearth.dev/runtime-generation"
+	labelLoader     = "hearth.dev/loader"     // "gone" when the Function's process has taken its place
+	labelCode       = "hearth.dev/code"       // key of the snapshot
+	labelCodeChain  = "hearth.dev/code-chain" // of the package's layers
 )
 
 // Phase is a part of an image's way to the node, at its real time.
@@ -86,6 +92,8 @@ type Config struct {
 	DefaultClaimTimeout time.Duration
 	// Grace between SIGTERM and SIGKILL for an Instance that serves, when the caller names none; default 5 s.
 	Grace time.Duration
+	// RuntimeBootTimeout is how long a Runtime may take from its process's start until it is ready; default 60 s.
+	RuntimeBootTimeout time.Duration
 	// KeptLogs is how many log files of ended Instances are kept for each Function; default 10.
 	KeptLogs int
 	// MaxLogBytes is the size at which a log file is emptied; default 64 MiB.
@@ -117,6 +125,7 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	setDefault(&c.DefaultClaimTimeout, 30*time.Second)
 	setDefault(&c.Grace, 5*time.Second)
+	setDefault(&c.RuntimeBootTimeout, time.Minute)
 	setDefault(&c.KeptLogs, 10)
 	setDefault(&c.MaxLogBytes, 64<<20)
 	if c.Dial == nil {

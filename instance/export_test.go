@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 
@@ -22,6 +24,9 @@ type (
 	Record        = record
 	ContainerInfo = containerInfo
 	Exit          = exit
+	Launch        = launch
+	Attachment    = attachment
+	CodeTree      = codeTree
 )
 
 // Labels that a restarted engine reads.
@@ -87,3 +92,38 @@ func Detach(mounts []mount.Mount, scratch string) (*os.File, error) { return det
 
 // RelativeLowers shortens an overlay's options.
 func RelativeLowers(options []string) (base, joined string) { return relativeLowers(options) }
+
+// Loader is the conversation with a loader.
+type Loader struct{ *loader }
+
+// What is said in it.
+type (
+	LoadQuestion = loadQuestion
+	LoadPhase    = loadPhase
+	Greeting     = greeting
+)
+
+// NewLoader takes over a connection.
+func NewLoader(conn net.Conn, exited <-chan struct{}) Loader { return Loader{newLoader(conn, exited)} }
+
+// Greet waits for the first word.
+func (l Loader) Greet(ctx context.Context) (*Greeting, error) { return l.greet(ctx) }
+
+// MissingLibraries describes what was not preloaded.
+func (g *greeting) MissingLibraries() []string { return g.missingLibraries() }
+
+// Load has a Function loaded.
+func (l Loader) Load(ctx context.Context, q LoadQuestion) ([]LoadPhase, bool, error) {
+	return l.load(ctx, q)
+}
+
+// Thawed tells of a thaw.
+func (l Loader) Thawed(ctx context.Context, frozenFor time.Duration) error {
+	return l.thawed(ctx, frozenFor)
+}
+
+// Close lets go.
+func (l Loader) Close() { l.close() }
+
+// Gone is why it ended.
+func (l Loader) Gone() error { return l.gone() }

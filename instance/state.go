@@ -27,8 +27,10 @@ type instance struct {
 	address  string
 	claim    *hearthv1.Claim
 	revision *hearthv1.Revision
-	image    string // normalized reference, once claimed
-	chainID  string // of its layers, once known
+	image    string    // normalized reference, once claimed
+	chainID  string    // of its layers, once known
+	booted   *booted   // the Runtime in it; nil in a sandbox
+	code     *codeView // of the Function's package
 	start    *activation
 	failure  error         // why it could not be created
 	warm     chan struct{} // closed when creation has ended, well or not
@@ -62,6 +64,9 @@ func (i *instance) letGo() {
 		_ = i.launcher.Close() // there is nobody to tell
 		i.launcher = nil
 	}
+	if i.booted != nil {
+		i.booted.close()
+	}
 }
 
 // proto describes the Instance; mu must be held.
@@ -73,6 +78,9 @@ func (i *instance) proto(node string) *hearthv1.Instance {
 	}
 	if i.claim != nil {
 		p.Claim = proto.CloneOf(i.claim)
+	}
+	if i.booted != nil {
+		p.Degree, p.Runtime, p.RuntimeGeneration = hearthv1.Degree_DEGREE_RUNTIME, i.booted.name, i.booted.generation
 	}
 	if p.Address == "" && i.sandbox.IP.IsValid() {
 		p.Address = i.sandbox.IP.String()
@@ -99,18 +107,22 @@ func (e *Engine) advance(i *instance, to hearthv1.State) bool {
 	return true
 }
 
-// labels of the container of an Instance that serves; mu must be held.
+// labels of the container of an Instance that serves, or in which a Runtime waits; mu must be held.
 func (i *instance) labels(node string) map[string]string {
-	return map[string]string{
-		labelNode:     node,
-		labelInstance: i.id,
-		labelClaim:    i.claim.GetId(),
-		labelEpoch:    strconv.FormatInt(i.claim.GetEpoch(), 10),
-		labelFunction: i.revision.GetFunction(),
-		labelRevision: i.revision.GetName(),
-		labelImage:    i.image,
-		labelChain:    i.chainID,
-		labelPort:     strconv.Itoa(int(i.revision.GetPort())),
-		labelCPU:      strconv.FormatInt(i.revision.GetResources().GetCpuMillis(), 10),
+	list := map[string]string{labelNode: node, labelInstance: i.id, labelImage: i.image, labelChain: i.chainID}
+	if i.booted != nil {
+		i.booted.labels(list)
 	}
+	if i.claim != nil {
+		list[labelClaim] = i.claim.GetId()
+		list[labelEpoch] = strconv.FormatInt(i.claim.GetEpoch(), 10)
+		list[labelFunction] = i.revision.GetFunction()
+		list[labelRevision] = i.revision.GetName()
+		list[labelPort] = strconv.Itoa(int(i.revision.GetPort()))
+		list[labelCPU] = strconv.FormatInt(i.revision.GetResources().GetCpuMillis(), 10)
+	}
+	if i.code != nil {
+		list[labelCode], list[labelCodeChain] = i.code.key, i.code.chainID
+	}
+	return list
 }

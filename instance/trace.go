@@ -17,6 +17,9 @@ const (
 	phaseSnapshot = "snapshot" // a root file system that was not prepared ahead
 	phaseCreate   = "create"   // the container made the Function's, until its process is executed
 	phaseProcess  = "process"  // until it listens
+	phaseBoot     = "boot"     // a Runtime that was not booted ahead
+	phaseMount    = "mount"    // the Function's code and secrets, log and limits
+	phaseLoad     = "load"     // the code by the loader, whose own phases follow it in their names
 )
 
 // trace collects the phases of one start, from begin on.
