@@ -127,3 +127,15 @@ func (l Loader) Close() { l.close() }
 
 // Gone is why it ended.
 func (l Loader) Gone() error { return l.gone() }
+
+// Thawed tells an Instance, if it is one to be told, that it was frozen.
+func (e *Engine) Thawed(ctx context.Context, id string, frozenFor time.Duration) error {
+	i, _ := e.lookup(id)
+	i.mu.Lock()
+	r := i.resumer()
+	i.mu.Unlock()
+	if r == nil {
+		return nil
+	}
+	return r.Thawed(ctx, frozenFor)
+}

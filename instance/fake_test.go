@@ -315,8 +315,14 @@ func run(t *testing.T, f *fake) *instance.Engine {
 // runUntil is run with an end.
 func runUntil(t *testing.T, f *fake) (*instance.Engine, func()) {
 	t.Helper()
+	return runIn(t, f, t.TempDir())
+}
+
+// runIn is runUntil with a directory of its own.
+func runIn(t *testing.T, f *fake, root string) (*instance.Engine, func()) {
+	t.Helper()
 	e, err := instance.NewWithBackend(instance.Config{
-		Node: "node", Root: t.TempDir(), Address: "/none", CgroupParent: "/hearth-fake", ResolvConf: "/none", Dial: f.dial,
+		Node: "node", Root: root, Address: "/none", CgroupParent: "/hearth-fake", ResolvConf: "/none", Dial: f.dial,
 		Prefetch: f.prefetch,
 	}, f)
 	if err != nil {

@@ -17,7 +17,7 @@ import (
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
 
-// greetTime bounds the wait for the greeting of a loader that has been ready before.
+// greetTime bounds the wait for a word of a loader that has been ready before, and has nothing to do but to say it.
 const greetTime = 5 * time.Second
 
 // loaderGone is what labelLoader says of an Instance whose loader became the Function's own process.
@@ -50,6 +50,8 @@ func (i *instance) resumer() resumer {
 
 // Thawed implements resumer. An error means that the Instance must not serve any more.
 func (b *booted) Thawed(ctx context.Context, frozenFor time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, greetTime)
+	defer cancel()
 	b.mu.Lock()
 	conn, gone := b.conn, b.gone
 	b.mu.Unlock()
