@@ -28,10 +28,13 @@ const (
 type activation struct {
 	claim    *hearthv1.Claim
 	revision *hearthv1.Revision
-	image    string // normalized reference
+	image    string // normalized reference; of the Runtime, if there is one
+	code     string // normalized reference of its package
+	runtime  *hearthv1.Runtime
+	secrets  map[string][]byte // until they are where they belong
 	deadline time.Time
 	trace    *trace
-	process  *specs.Process // once known
+	process  *specs.Process // once known; nil if it is what the Instance had before
 	thaw     bool           // of a Frozen Instance
 	done     chan struct{}  // closed when what follows is final
 	err      error
@@ -60,9 +63,10 @@ func (e *Engine) activate(ctx context.Context, req *hearthv1.ActivateRequest) (*
 		return nil, err
 	}
 	var err error
-	if a.image, err = checkRevision(req.Revision); err != nil {
+	if a.image, a.code, err = checkRevision(req.Revision); err != nil {
 		return nil, err
 	}
+	a.runtime, a.secrets = runtimeOf(req.Revision, a.image), secretsOf(req.Revision)
 	if err := e.open(); err != nil {
 		return nil, err
 	}
@@ -132,7 +136,7 @@ func (e *Engine) starter(i *instance, a *activation) (func(context.Context, *ins
 	case i.ending:
 		return nil, fmt.Errorf("instance %s is being discarded: %w", i.id, errdefs.ErrFailedPrecondition)
 	case i.state == hearthv1.State_STATE_WARM:
-		return e.startFunction, nil
+		return e.startFunction, i.fits(a.revision)
 	case i.state != hearthv1.State_STATE_FROZEN:
 		return nil, fmt.Errorf("instance %s is %s, neither warm nor frozen: %w", i.id, stateName(i.state), errdefs.ErrFailedPrecondition)
 	case i.revision.GetFunction() != a.revision.Function || i.revision.GetName() != a.revision.Name:
@@ -200,6 +204,7 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 			e.started(i)
 		}
 	})
+	e.checkLoader(i)
 	e.metrics.prepared.Set(float64(e.shelf.count()))
 }
 
@@ -225,6 +230,9 @@ func (e *Engine) untilRecorded(ctx context.Context, id string, recorded chan str
 func (e *Engine) started(i *instance) {
 	i.mu.Lock()
 	image, launcher := i.chainID, i.launcher
+	if i.booted != nil { // what it needed of its image was in memory before
+		launcher = nil
+	}
 	i.mu.Unlock()
 	if e.cfg.Prefetch != nil && launcher != nil {
 		e.cfg.Prefetch.Started(digest.Digest(image), launcher.Pid())
@@ -237,12 +245,13 @@ func (e *Engine) record(ctx context.Context, i *instance, a *activation) error {
 	i.mu.Lock()
 	box, r := i.sandbox, record{ID: containerID(i.id), Image: i.image, Snapshot: i.snapshot, Labels: i.labels(e.cfg.Node)}
 	i.mu.Unlock()
-	var err error
-	if r.Spec, err = e.spec(ctx, i.id, box); err != nil {
-		return err
+	if a.process != nil {
+		var err error
+		if r.Spec, err = e.spec(ctx, i.id, box); err != nil {
+			return err
+		}
+		become(r.Spec.Process, a.process)
 	}
-	p := r.Spec.Process
-	p.Args, p.Env, p.Cwd, p.User = a.process.Args, a.process.Env, a.process.Cwd, a.process.User
 	return e.backend.Record(ctx, r)
 }
 

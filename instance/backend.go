@@ -2,6 +2,7 @@ package instance
 
 import (
 	"context"
+	"net"
 	"net/netip"
 	"os"
 	"time"
@@ -18,6 +19,7 @@ type backend interface {
 	sandboxes
 	images
 	snapshots
+	views
 	tasks
 	containerList
 }
@@ -51,10 +53,25 @@ type snapshots interface {
 	PreparedSnapshots(ctx context.Context) ([]string, error)
 }
 
+type views interface {
+	// View mounts an image's tree read-only where nobody sees it, by a snapshot of that key, which RemoveSnapshot removes.
+	// NotFound if the image is gone.
+	View(ctx context.Context, key string, img *image) (codeTree, error)
+}
+
+// codeTree is the mounted tree of a code package.
+type codeTree interface {
+	// Clone mounts it once more, for one container.
+	Clone() (*os.File, error)
+	// Close lets go of it. Clones stay, as long as the snapshot or a layer of it is there.
+	Close() error
+}
+
 type tasks interface {
 	// CreateTask makes a sandbox's container, in which the launcher runs, and returns when that waits for what to become.
 	CreateTask(ctx context.Context, c container) (launcher, error)
-	// FindTask finds the launcher of a container that a former engine made. It is an error if it does not wait any more.
+	// FindTask finds the launcher of a container that a former engine made, or the loader that it has become. It is an error if
+	// it is not that any more.
 	FindTask(ctx context.Context, c container) (launcher, error)
 	// StopTask ends the process (SIGTERM, then SIGKILL after grace) and removes container and process. One that is not there
 	// is no error.
@@ -67,15 +84,27 @@ type tasks interface {
 	Label(ctx context.Context, containerID string, labels map[string]string) error
 }
 
-// launcher is what waits in a container until a Function is known.
+// launcher is what waits in a container until a Function is known, and is our way to that container when it has become the
+// Function's process or a loader. It is one process all the time, hence one interface of five methods.
 type launcher interface {
 	// Launch gives the container another root file system and executes the process there, in the launcher's place. After an
 	// error the container is good for nothing.
-	Launch(ctx context.Context, root rootfs, p *specs.Process) error
+	Launch(ctx context.Context, l launch) error
+	// Dial connects to the loader that was launched.
+	Dial(ctx context.Context) (net.Conn, error)
+	// Mount shows trees to every process of the container, read-only.
+	Mount(ctx context.Context, list ...attachment) error
 	// Pid is that of the launcher, and then of the Function's process.
 	Pid() uint32
 	// Close lets go of it; it waits on.
 	Close() error
+}
+
+// launch is what a launcher is to become.
+type launch struct {
+	Root    rootfs
+	Process *specs.Process
+	Loader  bool // it is a loader, which is to hear us
 }
 
 type containerList interface {
@@ -130,9 +159,10 @@ type container struct {
 	Spec    *specs.Spec
 	Log     string // path of the file that gets stdout and stderr
 	Control string // directory of the launcher's socket
+	Loader  bool   // the launcher has become a loader
 }
 
-// record is what a container has become.
+// record is what a container has become. Without a Spec, what is recorded of its process stays.
 type record struct {
 	ID, Image, Snapshot string
 	Labels              map[string]string

@@ -29,6 +29,12 @@ const (
 	labelCPU      = "hearth.dev/cpu-millis"
 	labelFrozen   = "hearth.dev/frozen"  // since when, RFC 3339
 	labelVersion  = "hearth.dev/version" // of the Instance when it was recorded
+
+	labelRuntime    = "hearth.dev/runtime"
+	labelGeneration = "hearth.dev/runtime-generation"
+	labelLoader     = "hearth.dev/loader"     // "gone" when the Function's process has taken its place
+	labelCode       = "hearth.dev/code"       // key of the snapshot
+	labelCodeChain  = "hearth.dev/code-chain" // of the package's layers
 )
 
 // Phase is a part of an image's way to the node, at its real time.
@@ -99,6 +105,8 @@ type Config struct {
 	// MemoryPressure is the part of the last ten seconds, in percent, for which some process of the node has waited for memory,
 	// from which on frozen Instances are given up; default 10. Where the kernel does not tell, 1/16 of the memory has to be free.
 	MemoryPressure float64
+	// RuntimeBootTimeout is how long a Runtime may take from its process's start until it is ready; default 60 s.
+	RuntimeBootTimeout time.Duration
 	// KeptLogs is how many log files of ended Instances are kept for each Function; default 10.
 	KeptLogs int
 	// MaxLogBytes is the size at which a log file is emptied; default 64 MiB.
@@ -143,6 +151,7 @@ func (c Config) withDefaults() (Config, error) {
 			problems = append(problems, fmt.Errorf("the node's memory: %w", err))
 		}
 	}
+	setDefault(&c.RuntimeBootTimeout, time.Minute)
 	setDefault(&c.KeptLogs, 10)
 	setDefault(&c.MaxLogBytes, 64<<20)
 	if c.Dial == nil {

@@ -53,7 +53,11 @@ func (n *node) FindTask(ctx context.Context, c container) (launcher, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find process of %s: %w", c.ID, errgrpc.ToNative(err))
 	}
-	l, err := findLauncher(ctx, r.GetProcess().GetPid(), c.Control)
+	find := findLauncher
+	if c.Loader {
+		find = findLoader
+	}
+	l, err := find(ctx, r.GetProcess().GetPid(), c.Control)
 	if err != nil {
 		return nil, fmt.Errorf("container %s: %w", c.ID, err)
 	}
@@ -107,14 +111,16 @@ func (n *node) await(ctx context.Context, containerID string, atMost time.Durati
 
 // Record implements tasks. From here on containerd keeps the snapshot for the container's sake.
 func (n *node) Record(ctx context.Context, r record) error {
-	spec, err := typeurl.MarshalAny(r.Spec)
-	if err != nil {
-		return fmt.Errorf("encode spec of %s: %w", r.ID, err)
+	c := containers.Container{ID: r.ID, Image: r.Image, SnapshotKey: r.Snapshot, Labels: r.Labels}
+	fields := []string{"image", "snapshotkey", "labels"}
+	if r.Spec != nil {
+		spec, err := typeurl.MarshalAny(r.Spec)
+		if err != nil {
+			return fmt.Errorf("encode spec of %s: %w", r.ID, err)
+		}
+		c.Spec, fields = spec, append(fields, "spec")
 	}
-	_, err = n.client.ContainerService().Update(n.in(ctx),
-		containers.Container{ID: r.ID, Image: r.Image, SnapshotKey: r.Snapshot, Labels: r.Labels, Spec: spec},
-		"image", "snapshotkey", "labels", "spec")
-	if err != nil {
+	if _, err := n.client.ContainerService().Update(n.in(ctx), c, fields...); err != nil {
 		return fmt.Errorf("record what container %s has become: %w", r.ID, err)
 	}
 	return nil

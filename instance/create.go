@@ -19,19 +19,21 @@ const createTime = time.Minute
 func (e *Engine) CreateInstance(ctx context.Context, req *connect.Request[hearthv1.CreateInstanceRequest]) (
 	*connect.Response[hearthv1.CreateInstanceResponse], error,
 ) {
-	p, err := e.create(ctx, req.Msg.Id, req.Msg.Degree)
+	p, err := e.create(ctx, req.Msg)
 	if err != nil {
 		return nil, connectError(err)
 	}
 	return connect.NewResponse(&hearthv1.CreateInstanceResponse{Instance: p}), nil
 }
 
-func (e *Engine) create(ctx context.Context, id string, degree hearthv1.Degree) (*hearthv1.Instance, error) {
+func (e *Engine) create(ctx context.Context, req *hearthv1.CreateInstanceRequest) (*hearthv1.Instance, error) {
+	id := req.Id
 	if err := checkInstanceID(id); err != nil {
 		return nil, err
 	}
-	if degree != hearthv1.Degree_DEGREE_UNSPECIFIED && degree != hearthv1.Degree_DEGREE_SANDBOX {
-		return nil, invalid("degree %s: this node makes sandboxes only", degree)
+	rt, err := checkDegree(req.Degree, req.Runtime)
+	if err != nil {
+		return nil, err
 	}
 	if err := e.open(); err != nil {
 		return nil, err
@@ -44,7 +46,7 @@ func (e *Engine) create(ctx context.Context, id string, degree hearthv1.Degree) 
 	}
 	e.mu.Unlock()
 	if !known {
-		e.beginCreation(i)
+		e.beginCreation(i, rt)
 	}
 	select {
 	case <-i.warm:
@@ -62,13 +64,23 @@ func (e *Engine) create(ctx context.Context, id string, degree hearthv1.Degree) 
 	return i.proto(e.cfg.Node), nil
 }
 
-// beginCreation has the engine make the sandbox of an Instance that is in the map already.
-func (e *Engine) beginCreation(i *instance) {
+// beginCreation has the engine make the sandbox of an Instance that is in the map already, and boot a Runtime in it, unless nil.
+func (e *Engine) beginCreation(i *instance, rt *hearthv1.Runtime) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	e.advance(i, hearthv1.State_STATE_CREATING)
-	begun := e.begin(i, time.Now().Add(createTime), func(ctx context.Context) {
+	within := createTime
+	if rt != nil {
+		within += pullTime + e.cfg.RuntimeBootTimeout
+	}
+	begun := e.begin(i, time.Now().Add(within), func(ctx context.Context) {
 		s, l, err := e.makeSandbox(ctx, i.id)
+		if err == nil && rt != nil {
+			i.mu.Lock()
+			i.sandbox, i.launcher = s, l
+			i.mu.Unlock()
+			err = e.bootWarm(ctx, i, rt)
+		}
 		e.endCreation(i, s, l, err)
 	})
 	if !begun {
@@ -103,6 +115,8 @@ func (e *Engine) begin(i *instance, deadline time.Time, f func(context.Context))
 
 // makeSandbox makes a sandbox and the container in it, which waits for a Function.
 func (e *Engine) makeSandbox(ctx context.Context, id string) (sandbox, launcher, error) {
+	ctx, cancel := context.WithTimeout(ctx, createTime)
+	defer cancel()
 	if err := e.backend.Ready(ctx); err != nil { // a half-made sandbox is the most that a call to a broken containerd could give
 		return sandbox{}, nil, err
 	}

@@ -107,14 +107,19 @@ func (e *Engine) tearDown(ctx context.Context, i *instance, grace time.Duration)
 	}
 	i.mu.Lock()
 	e.advance(i, hearthv1.State_STATE_GONE)
-	function := i.revision.GetFunction()
+	functions := []string{i.revision.GetFunction()}
+	if i.booted != nil {
+		functions = append(functions, runtimeLog(i.booted.name))
+	}
 	i.mu.Unlock()
 	e.mu.Lock()
 	delete(e.instances, i.id)
 	e.mu.Unlock()
 	close(i.done)
-	if err := e.logs.prune(function, e.live); err != nil {
-		e.log.Warn("old logs not removed", "function", function, "error", err)
+	for _, function := range functions {
+		if err := e.logs.prune(function, e.live); err != nil {
+			e.log.Warn("old logs not removed", "function", function, "error", err)
+		}
 	}
 }
 
@@ -138,6 +143,7 @@ func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) e
 		}
 		e.shelf.release(snapshot)
 	}
+	e.releaseCode(ctx, i)
 	if err := e.removeSandboxes(ctx, i.id, box); err != nil {
 		return err
 	}

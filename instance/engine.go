@@ -34,6 +34,7 @@ type Engine struct {
 	hub     *hub
 	library *library
 	shelf   *shelf
+	codes   *codeStore
 	logs    *logStore
 	cgroups cgroups
 	proc    string // where the kernel tells of memory and processes: /proc
@@ -95,6 +96,7 @@ func newEngine(cfg Config, b backend, c cgroups, proc string) (*Engine, error) {
 	e.hub = newHub()
 	e.library = newLibrary(b, cfg.Phases, e.spawn)
 	e.shelf = newShelf(b, e.library, cfg.Prefetch, cfg.Logger, e.spawn)
+	e.codes = newCodeStore(b, e.library, cfg.Logger, e.spawn)
 	e.logs = &logStore{root: cfg.Root, kept: cfg.KeptLogs, maxBytes: cfg.MaxLogBytes}
 	return e, nil
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"time"
@@ -23,6 +24,9 @@ type (
 	Record        = record
 	ContainerInfo = containerInfo
 	Exit          = exit
+	Launch        = launch
+	Attachment    = attachment
+	CodeTree      = codeTree
 )
 
 // Labels that a restarted engine reads.
@@ -136,3 +140,50 @@ func (f Freezer) Thaw() error { return f.c.thaw("x") }
 
 // Thawed tells whether it is.
 func (f Freezer) Thawed() (bool, error) { return f.c.thawed("x") }
+
+// Loader is the conversation with a loader.
+type Loader struct{ *loader }
+
+// What is said in it.
+type (
+	LoadQuestion = loadQuestion
+	LoadPhase    = loadPhase
+	Greeting     = greeting
+)
+
+// NewLoader takes over a connection.
+func NewLoader(conn net.Conn, exited <-chan struct{}) Loader { return Loader{newLoader(conn, exited)} }
+
+// Greet waits for the first word.
+func (l Loader) Greet(ctx context.Context) (*Greeting, error) { return l.greet(ctx) }
+
+// MissingLibraries describes what was not preloaded.
+func (g *greeting) MissingLibraries() []string { return g.missingLibraries() }
+
+// Load has a Function loaded.
+func (l Loader) Load(ctx context.Context, q LoadQuestion) ([]LoadPhase, bool, error) {
+	return l.load(ctx, q)
+}
+
+// Thawed tells of a thaw.
+func (l Loader) Thawed(ctx context.Context, frozenFor time.Duration) error {
+	return l.thawed(ctx, frozenFor)
+}
+
+// Close lets go.
+func (l Loader) Close() { l.close() }
+
+// Gone is why it ended.
+func (l Loader) Gone() error { return l.gone() }
+
+// Thawed tells an Instance, if it is one to be told, that it was frozen.
+func (e *Engine) Thawed(ctx context.Context, id string, frozenFor time.Duration) error {
+	i, _ := e.lookup(id)
+	i.mu.Lock()
+	r := i.resumer()
+	i.mu.Unlock()
+	if r == nil {
+		return nil
+	}
+	return r.Thawed(ctx, frozenFor)
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -18,7 +19,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -47,6 +47,10 @@ type fake struct {
 	onLabel    func(ctx context.Context) error
 	host       string // where the fake's cgroups and /proc are, like the kernel's
 	config     instance.Config
+	loaders    map[string]bool                // containers whose launcher became a loader
+	loader     func(id string, conn net.Conn) // what a loader says; nil: wellBehaved
+	mounted    map[string][]string            // paths, by container
+	views      map[string]string              // image by key
 }
 
 func newFake(t *testing.T) *fake {
@@ -55,6 +59,7 @@ func newFake(t *testing.T) *fake {
 		host:      t.TempDir(),
 		sandboxes: map[string]instance.Sandbox{}, containers: map[string]instance.ContainerInfo{}, snapshots: map[string]bool{},
 		images: map[string]bool{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit), crash: make(chan struct{}),
+		loaders: map[string]bool{}, mounted: map[string][]string{}, views: map[string]string{},
 	}
 }
 
@@ -106,12 +111,51 @@ func (f *fake) Image(_ context.Context, ref string) (img *instance.Image, err er
 			return errdefs.ErrNotFound
 		}
 		img = &instance.Image{
-			Ref: ref, Digest: digest.FromString("image"), ChainID: "chain", Config: ocispec.ImageConfig{Entrypoint: []string{"/function"}},
+			Ref: ref, Digest: digest.FromString("image"), ChainID: f.chainOf(ref), Config: ocispec.ImageConfig{Entrypoint: []string{"/function"}},
 		}
 		return nil
 	})
 	return img, err
 }
+
+// chainOf gives code packages chains of their own.
+func (f *fake) chainOf(ref string) string {
+	if strings.Contains(ref, "/code") {
+		return "chain of " + ref
+	}
+	return "chain"
+}
+
+func (f *fake) View(_ context.Context, key string, img *instance.Image) (instance.CodeTree, error) {
+	return &fakeView{f, key}, f.locked(func() error {
+		if !f.images[img.Ref] {
+			return errdefs.ErrNotFound
+		}
+		f.snapshots[key], f.views[key] = true, img.Ref
+		return nil
+	})
+}
+
+// fakeView is one of fake's.
+type fakeView struct {
+	f   *fake
+	key string
+}
+
+func (v *fakeView) Clone() (*os.File, error) {
+	file, err := os.Open(os.DevNull)
+	if err != nil {
+		return nil, err
+	}
+	return file, v.f.locked(func() error {
+		if !v.f.snapshots[v.key] {
+			return errdefs.ErrNotFound
+		}
+		return nil
+	})
+}
+
+func (*fakeView) Close() error { return nil }
 
 func (f *fake) Pull(_ context.Context, ref string) error {
 	return f.locked(func() error { f.pulls++; f.images[ref] = true; return nil })
@@ -178,12 +222,12 @@ func (f *fake) CreateTask(_ context.Context, c instance.Container) (instance.Lau
 		f.containers[c.ID] = instance.ContainerInfo{ID: c.ID, Labels: c.Labels, Running: true}
 		return f.makeCgroup(strings.TrimSuffix(c.ID, ".fn"), "THAWED")
 	})
-	return &fakeLauncher{f}, err
+	return &fakeLauncher{f, c.ID}, err
 }
 
 func (f *fake) FindTask(_ context.Context, c instance.Container) (instance.Launcher, error) {
-	return &fakeLauncher{f}, f.locked(func() error {
-		if f.launched[c.ID] {
+	return &fakeLauncher{f, c.ID}, f.locked(func() error {
+		if f.launched[c.ID] && !c.Loader {
 			return errdefs.ErrFailedPrecondition
 		}
 		return nil
@@ -191,18 +235,43 @@ func (f *fake) FindTask(_ context.Context, c instance.Container) (instance.Launc
 }
 
 // fakeLauncher is one of fake's.
-type fakeLauncher struct{ f *fake }
+type fakeLauncher struct {
+	f  *fake
+	id string
+}
 
-func (l *fakeLauncher) Launch(ctx context.Context, _ instance.Rootfs, p *specs.Process) error {
+func (l *fakeLauncher) Launch(ctx context.Context, what instance.Launch) error {
 	if l.f.onLaunch != nil {
 		if err := l.f.onLaunch(ctx); err != nil {
 			return err
 		}
 	}
 	return l.f.locked(func() error {
-		i := slices.IndexFunc(p.Env, func(s string) bool { return strings.HasPrefix(s, "HOSTNAME=") })
 		l.f.started++
-		l.f.launched[strings.TrimPrefix(p.Env[i], "HOSTNAME=")+".fn"] = true
+		l.f.launched[l.id], l.f.loaders[l.id] = true, what.Loader
+		return nil
+	})
+}
+
+// Dial is answered by a goroutine that ends with the connection.
+func (l *fakeLauncher) Dial(context.Context) (net.Conn, error) {
+	say := l.f.loader
+	if say == nil {
+		say = wellBehaved
+	}
+	ours, theirs := net.Pipe()
+	go func() {
+		say(l.id, theirs)
+		_ = theirs.Close()
+	}()
+	return ours, nil
+}
+
+func (l *fakeLauncher) Mount(_ context.Context, list ...instance.Attachment) error {
+	return l.f.locked(func() error {
+		for _, a := range list {
+			l.f.mounted[l.id] = append(l.f.mounted[l.id], a.Path)
+		}
 		return nil
 	})
 }
@@ -319,8 +388,14 @@ func run(t *testing.T, f *fake) *instance.Engine {
 // runUntil is run with an end.
 func runUntil(t *testing.T, f *fake) (*instance.Engine, func()) {
 	t.Helper()
+	return runIn(t, f, t.TempDir())
+}
+
+// runIn is runUntil with a directory of its own.
+func runIn(t *testing.T, f *fake, root string) (*instance.Engine, func()) {
+	t.Helper()
 	cfg := f.config
-	cfg.Node, cfg.Root, cfg.Address, cfg.CgroupParent, cfg.ResolvConf = "node", t.TempDir(), "/none", "/hearth-fake", "/none"
+	cfg.Node, cfg.Root, cfg.Address, cfg.CgroupParent, cfg.ResolvConf = "node", root, "/none", "/hearth-fake", "/none"
 	cfg.Dial, cfg.Prefetch, cfg.Launcher = f.dial, f.prefetch, "/none"
 	e, err := instance.NewWithBackend(cfg, f, f.host)
 	if err != nil {

@@ -24,11 +24,6 @@ const (
 	outcomeUnrecorded = "unrecorded" // containerd could not be told: the Instance serves on
 )
 
-// resumer is told that what it speaks to was frozen and goes on. Requests come when it has returned.
-type resumer interface {
-	Thawed(ctx context.Context, frozenFor time.Duration) error
-}
-
 // frozen is what is noted of an Instance when it is frozen.
 type frozen struct {
 	since time.Time
@@ -220,7 +215,7 @@ func (e *Engine) thaw(ctx context.Context, i *instance, a *activation) error {
 	a.trace.since(phaseThaw, begin)
 	e.metrics.thawSeconds.Observe(time.Since(begin).Seconds())
 	i.mu.Lock()
-	told, frozenFor := i.resumer, time.Since(i.frozen.since)
+	told, frozenFor := i.resumer(), time.Since(i.frozen.since)
 	i.frozen.thaws++
 	i.mu.Unlock()
 	if told == nil {

@@ -26,34 +26,9 @@ var carried = []struct {
 	{path: "etc/" + fileResolvConf, file: true},
 }
 
-// detach mounts a snapshot where nobody sees it: the mount is in no namespace and goes with the last file that refers to it, so
-// that whoever is killed leaves none behind. It has a place for each of the carried mounts. scratch is an empty directory.
+// detach mounts a writable snapshot where nobody sees it, with a place for each of the carried mounts.
 func detach(mounts []mount.Mount, scratch string) (*os.File, error) {
-	if len(mounts) != 1 || mounts[0].Type != "overlay" {
-		return nil, fmt.Errorf("a root file system of other than one overlay: %v", mounts)
-	}
-	base, options := relativeLowers(mounts[0].Options)
-	var tree *os.File
-	err := onOwnThread(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-			return fmt.Errorf("make a mount namespace: %w", err)
-		}
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			return fmt.Errorf("keep mounts private: %w", err)
-		}
-		if err := unix.Chdir(base); err != nil {
-			return fmt.Errorf("enter %s: %w", base, err)
-		}
-		if err := unix.Mount("overlay", scratch, "overlay", 0, options); err != nil {
-			return fmt.Errorf("mount overlay: %w", err)
-		}
-		fd, err := unix.OpenTree(unix.AT_FDCWD, scratch, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-		if err != nil {
-			return fmt.Errorf("detach mount: %w", err)
-		}
-		tree = os.NewFile(uintptr(fd), scratch)
-		return nil
-	})
+	tree, err := mountDetached(mounts, scratch, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -63,6 +38,56 @@ func detach(mounts []mount.Mount, scratch string) (*os.File, error) {
 		}
 	}
 	return tree, nil
+}
+
+// mountDetached mounts a snapshot in no namespace: the mount goes with the last file that refers to it, so that whoever is killed
+// leaves none behind. flags restrict it, as in MS_RDONLY. scratch is an empty directory.
+func mountDetached(mounts []mount.Mount, scratch string, flags uintptr) (*os.File, error) {
+	if len(mounts) != 1 || mounts[0].Type != "overlay" && mounts[0].Type != "bind" {
+		return nil, fmt.Errorf("a root file system of other than one overlay or directory: %v", mounts)
+	}
+	var tree *os.File
+	err := onOwnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("make a mount namespace: %w", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return fmt.Errorf("keep mounts private: %w", err)
+		}
+		if err := mountOne(mounts[0], scratch); err != nil {
+			return err
+		}
+		if flags != 0 {
+			if err := unix.Mount("", scratch, "", unix.MS_REMOUNT|unix.MS_BIND|flags, ""); err != nil {
+				return fmt.Errorf("restrict mount: %w", err)
+			}
+		}
+		fd, err := unix.OpenTree(unix.AT_FDCWD, scratch, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if err != nil {
+			return fmt.Errorf("detach mount: %w", err)
+		}
+		tree = os.NewFile(uintptr(fd), scratch)
+		return nil
+	})
+	return tree, err
+}
+
+// mountOne mounts an overlay or a directory; the thread's working directory is lost.
+func mountOne(m mount.Mount, target string) error {
+	if m.Type == "bind" {
+		if err := unix.Mount(m.Source, target, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", m.Source, err)
+		}
+		return nil
+	}
+	base, options := relativeLowers(m.Options)
+	if err := unix.Chdir(base); err != nil {
+		return fmt.Errorf("enter %s: %w", base, err)
+	}
+	if err := unix.Mount("overlay", target, "overlay", 0, options); err != nil {
+		return fmt.Errorf("mount overlay: %w", err)
+	}
+	return nil
 }
 
 // relativeLowers shortens an overlay's options, of which the kernel takes a page: the directories of an image of many layers are

@@ -96,6 +96,19 @@ func (n *node) PrepareSnapshot(ctx context.Context, key string, img *image) (roo
 	return r, nil
 }
 
+// View implements views.
+func (n *node) View(ctx context.Context, key string, img *image) (codeTree, error) {
+	mounts, err := n.client.SnapshotService(n.snapshotter).View(n.leased(ctx), key, img.ChainID)
+	if err != nil {
+		return nil, fmt.Errorf("view of %s: %w", img.Ref, err)
+	}
+	v, err := newView(mounts, n.scratch)
+	if err != nil {
+		return nil, fmt.Errorf("view of %s: %w", img.Ref, err)
+	}
+	return v, nil
+}
+
 // user looks the image's user up once. Root needs no look at the image: whatever groups it is in, it may do everything anyway.
 func (n *node) user(ctx context.Context, snapshot string, img *image) (specs.User, error) {
 	name := img.Config.User

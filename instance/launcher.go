@@ -10,11 +10,11 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -96,6 +96,7 @@ func fillLauncherRoot(dir string, program []byte) error {
 // taskLauncher is the launcher of a real container.
 type taskLauncher struct {
 	pid       uint32
+	control   string // directory of its socket
 	conn      *net.UnixConn
 	namespace *os.File // the container's mounts
 }
@@ -111,7 +112,7 @@ func findLauncher(ctx context.Context, pid uint32, control string) (*taskLaunche
 	if err != nil {
 		return nil, errors.Join(err, namespace.Close())
 	}
-	l := &taskLauncher{pid: pid, conn: conn, namespace: namespace}
+	l := &taskLauncher{pid: pid, control: control, conn: conn, namespace: namespace}
 	program, err := os.Stat(proc + "/root" + launcherProgram)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("launcher: it has another root: %w: %w", err, errdefs.ErrFailedPrecondition), l.Close())
@@ -121,6 +122,37 @@ func findLauncher(ctx context.Context, pid uint32, control string) (*taskLaunche
 		return nil, errors.Join(fmt.Errorf("launcher: it runs something else: %w", errdefs.ErrFailedPrecondition), l.Close())
 	}
 	return l, nil
+}
+
+// findLoader finds the loader that is the process pid.
+func findLoader(_ context.Context, pid uint32, control string) (*taskLauncher, error) {
+	namespace, err := os.Open(namespacePath(pid, "mnt"))
+	if err != nil {
+		return nil, fmt.Errorf("loader: %w", err)
+	}
+	return &taskLauncher{pid: pid, control: control, namespace: namespace}, nil
+}
+
+// Dial implements launcher. Whoever it was that listened first is who answers.
+func (l *taskLauncher) Dial(ctx context.Context) (net.Conn, error) {
+	conn, err := dialLauncher(ctx, l.control)
+	if err != nil {
+		return nil, err
+	}
+	var peer *unix.Ucred
+	raw, err := conn.SyscallConn()
+	if err == nil {
+		var inner error
+		err = raw.Control(func(fd uintptr) { peer, inner = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+		err = errors.Join(err, inner)
+	}
+	if err == nil && uint32(peer.Pid) != l.pid {
+		err = fmt.Errorf("process %d listens, not %d: %w", peer.Pid, l.pid, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("loader: %w", err), conn.Close())
+	}
+	return conn, nil
 }
 
 // awaitLauncher is findLauncher for one that was only just started.
@@ -158,17 +190,25 @@ type process struct {
 	UID    uint32   `json:"uid"`
 	GID    uint32   `json:"gid"`
 	Groups []uint32 `json:"groups"`
+
+	Control bool `json:"control"`
 }
 
 // Launch implements launcher.
-func (l *taskLauncher) Launch(ctx context.Context, root rootfs, p *specs.Process) error {
+func (l *taskLauncher) Launch(ctx context.Context, what launch) error {
+	p := what.Process
 	message, err := json.Marshal(process{
-		Args: p.Args, Env: p.Env, Cwd: p.Cwd, UID: p.User.UID, GID: p.User.GID, Groups: p.User.AdditionalGids,
+		Args: p.Args, Env: p.Env, Cwd: p.Cwd, UID: p.User.UID, GID: p.User.GID, Groups: p.User.AdditionalGids, Control: what.Loader,
 	})
 	if err != nil {
 		return fmt.Errorf("launch: %w", err)
 	}
-	if err := graft(l.namespace, root.Tree); err != nil {
+	if what.Loader {
+		if err := makeMountPoint(what.Root.Tree, strings.TrimPrefix(codePath, "/"), false); err != nil {
+			return fmt.Errorf("place for %s: %w", codePath, err)
+		}
+	}
+	if err := graft(l.namespace, what.Root.Tree); err != nil {
 		return fmt.Errorf("root file system: %w", err)
 	}
 	defer context.AfterFunc(ctx, func() { _ = l.conn.SetDeadline(time.Unix(1, 0)) })() // what waits ends; a closed one needs no end
@@ -191,4 +231,9 @@ func (l *taskLauncher) Launch(ctx context.Context, root rootfs, p *specs.Process
 func (l *taskLauncher) Pid() uint32 { return l.pid }
 
 // Close implements launcher.
-func (l *taskLauncher) Close() error { return errors.Join(l.conn.Close(), l.namespace.Close()) }
+func (l *taskLauncher) Close() error {
+	if l.conn == nil {
+		return l.namespace.Close()
+	}
+	return errors.Join(l.conn.Close(), l.namespace.Close())
+}

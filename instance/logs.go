@@ -35,7 +35,7 @@ func (e *Engine) Logs(ctx context.Context, req *connect.Request[hearthv1.LogsReq
 }
 
 func (e *Engine) streamLogs(ctx context.Context, req *hearthv1.LogsRequest, send func(*hearthv1.LogsResponse) error) error {
-	if err := checkLabel("function", req.Function); err != nil {
+	if err := checkLabel("function", strings.TrimPrefix(req.Function, runtimePrefix)); err != nil { // a Runtime's name is one too
 		return err
 	}
 	if req.InstanceId != "" {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -37,6 +38,38 @@ func (l *logStore) base() string { return filepath.Join(l.root, "logs") }
 
 // dir is where a Function's logs are; its name has been checked.
 func (l *logStore) dir(function string) string { return filepath.Join(l.base(), function) }
+
+// runtimePrefix begins the names of Runtimes' logs; no Function's name has a dot.
+const runtimePrefix = "runtime."
+
+// runtimeLog names the log of what a Runtime says while it boots and waits.
+func runtimeLog(runtime string) string { return runtimePrefix + runtime }
+
+// keep appends what is in an Instance's output file to the log of a Runtime, and empties the file; the shim goes on at its
+// beginning. So the Function that comes has a log of its own.
+func (l *logStore) keep(name, instance, output string) error {
+	from, err := os.OpenFile(output, os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("log of instance %s: %w", instance, err)
+	}
+	defer from.Close()
+	if info, err := from.Stat(); err != nil || info.Size() == 0 {
+		return err
+	}
+	path := filepath.Join(l.dir(name), instance+logSuffix)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return fmt.Errorf("log of instance %s: %w", instance, err)
+	}
+	to, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("log of instance %s: %w", instance, err)
+	}
+	_, err = io.Copy(to, io.LimitReader(from, l.maxBytes))
+	if err := errors.Join(err, to.Close(), from.Truncate(0)); err != nil {
+		return fmt.Errorf("log of instance %s: %w", instance, err)
+	}
+	return nil
+}
 
 // claim makes a Function's log of the file that an Instance's output goes to, and returns its path.
 func (l *logStore) claim(function, instance, output string) (string, error) {

@@ -21,6 +21,8 @@ type metrics struct {
 	thawSeconds prometheus.Histogram
 	evictions   *prometheus.CounterVec
 	frozenBytes prometheus.Gauge
+	boots       *prometheus.HistogramVec
+	loads       *prometheus.HistogramVec
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -54,10 +56,18 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		frozenBytes: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "hearth_instance_frozen_bytes", Help: "Memory that the frozen instances used when they were frozen.",
 		}),
+		boots: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "hearth_instance_boot_seconds", Help: "Duration of Runtimes' boots, from the loader's execution until it is ready or has failed.",
+			Buckets: prometheus.ExponentialBuckets(0.01, 2, 14),
+		}, []string{"runtime", "outcome"}),
+		loads: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "hearth_instance_load_seconds", Help: "Duration of the loading of Functions' code in booted Runtimes, until it is loaded or has failed.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 2, 16),
+		}, []string{"runtime", "outcome"}),
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.activations, m.phases, m.instances, m.prepared, m.freezes, m.thaws, m.thawSeconds, m.evictions, m.frozenBytes,
+		m.activations, m.phases, m.instances, m.prepared, m.freezes, m.thaws, m.thawSeconds, m.evictions, m.frozenBytes, m.boots, m.loads,
 	} {
 		errs = append(errs, r.Register(c))
 	}
@@ -86,8 +96,31 @@ func (m *metrics) activated(outcome string, phases []*hearthv1.Phase) {
 	}
 	for _, p := range phases {
 		switch p.Name {
-		case phaseImage, phaseSnapshot, phaseCreate, phaseProcess, phaseThaw, phaseResume:
+		case phaseImage, phaseSnapshot, phaseCreate, phaseProcess, phaseThaw, phaseResume, phaseBoot, phaseMount, phaseLoad:
 			m.phases.WithLabelValues(p.Name).Observe(time.Duration(p.Duration.AsDuration()).Seconds())
 		}
 	}
+}
+
+// booted counts a boot. Runtimes are few: their names are the operator's.
+func (m *metrics) booted(runtime string, took time.Duration, err error) {
+	outcome := "ready"
+	if err != nil {
+		outcome = outcomeOf(err)
+	}
+	m.boots.WithLabelValues(runtime, outcome).Observe(took.Seconds())
+}
+
+// loaded counts a load. A Function's own fault is told from the loader's.
+func (m *metrics) loaded(runtime string, took time.Duration, executing bool, err error) {
+	outcome := "loaded"
+	switch own := (*loadError)(nil); {
+	case errors.As(err, &own):
+		outcome = "refused"
+	case err != nil:
+		outcome = outcomeOf(err)
+	case executing:
+		outcome = "executing"
+	}
+	m.loads.WithLabelValues(runtime, outcome).Observe(took.Seconds())
 }

@@ -23,7 +23,7 @@ func (e *Engine) PrepareRevision(ctx context.Context, req *connect.Request[heart
 }
 
 func (e *Engine) prepare(ctx context.Context, req *hearthv1.PrepareRevisionRequest) (*hearthv1.PrepareRevisionResponse, error) {
-	ref, err := checkRevision(req.Revision)
+	ref, code, err := checkRevision(req.Revision)
 	if err != nil {
 		return nil, err
 	}
@@ -40,6 +40,13 @@ func (e *Engine) prepare(ctx context.Context, req *hearthv1.PrepareRevisionReque
 	img, err := e.library.ensure(ctx, ref, t)
 	if err != nil {
 		return nil, err
+	}
+	if code != "" {
+		e.library.forget(code)
+		if img, err = e.codes.want(ctx, code, req.Revision.Name, t); err != nil {
+			return nil, err
+		}
+		return &hearthv1.PrepareRevisionResponse{Image: byDigest(img), Phases: t.phases()}, nil
 	}
 	begin := time.Now()
 	if err := e.shelf.want(ctx, img, req.Revision.Name, int(req.Snapshots)); err != nil {
@@ -74,9 +81,12 @@ func (e *Engine) ForgetRevision(ctx context.Context, req *connect.Request[hearth
 }
 
 func (e *Engine) forget(ctx context.Context, req *hearthv1.ForgetRevisionRequest) error {
-	ref, err := checkRevision(req.Revision)
+	ref, code, err := checkRevision(req.Revision)
 	if err != nil {
 		return err
+	}
+	if code != "" {
+		ref = code // a Runtime's image is not the Revision's
 	}
 	if err := e.open(); err != nil {
 		return err
@@ -86,6 +96,7 @@ func (e *Engine) forget(ctx context.Context, req *hearthv1.ForgetRevisionRequest
 	for _, r := range e.shelf.forget(req.Revision.Name) {
 		e.shelf.discard(ctx, r)
 	}
+	e.codes.forget(ctx, req.Revision.Name)
 	e.metrics.prepared.Set(float64(e.shelf.count()))
 	if !req.RemoveImage {
 		return nil
@@ -97,7 +108,7 @@ func (e *Engine) forget(ctx context.Context, req *hearthv1.ForgetRevisionRequest
 	if err != nil {
 		return err
 	}
-	if e.shelf.wants(img) || e.uses(img) {
+	if e.shelf.wants(img) || e.codes.uses(img.ChainID) || e.uses(img) {
 		return nil
 	}
 	e.library.forgetImage(img)

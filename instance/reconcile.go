@@ -154,14 +154,20 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	if i.claim == nil && !runs {
 		return i, errors.New("it is frozen and nothing is recorded of it")
 	}
-	if i.claim == nil {
+	switch {
+	case i.claim == nil && i.booted != nil:
+		return i, e.adoptBooted(ctx, i)
+	case i.claim == nil:
 		if i.launcher, err = e.backend.FindTask(ctx, e.container(id)); err == nil {
 			i.state = hearthv1.State_STATE_WARM
 		}
 		return i, err // it was claimed and had not come to be recorded, if the launcher is no more
-	}
-	if i.revision.Port == 0 {
+	case i.revision.Port == 0:
 		return i, errors.New("its labels are not complete")
+	case i.booted != nil:
+		if err := e.findLoader(ctx, i); err != nil {
+			return i, err
+		}
 	}
 	if !runs {
 		return i, e.adoptFrozen(ctx, i, c)
@@ -203,8 +209,13 @@ func orphan(id string, c containerInfo) *instance {
 	close(i.recorded)
 	i.pid = c.Pid
 	i.version, _ = strconv.ParseInt(c.Labels[labelVersion], 10, 64) // 0 when malformed: none
+	i.image, i.chainID, i.snapshot = c.Labels[labelImage], c.Labels[labelChain], c.Snapshot
+	i.booted = bootedBefore(i, c.Labels)
 	if c.Labels[labelClaim] == "" {
 		return i
+	}
+	if key := c.Labels[labelCode]; key != "" {
+		i.code = &codeView{key: key, chainID: c.Labels[labelCodeChain]}
 	}
 	epoch, _ := strconv.ParseInt(c.Labels[labelEpoch], 10, 64) // 0 when malformed: the lowest
 	port, _ := strconv.ParseUint(c.Labels[labelPort], 10, 16)
@@ -214,7 +225,6 @@ func orphan(id string, c containerInfo) *instance {
 		Name: c.Labels[labelRevision], Function: c.Labels[labelFunction], Image: c.Labels[labelImage], Port: int32(port),
 		Resources: &hearthv1.Resources{CpuMillis: cpu},
 	}
-	i.image, i.chainID, i.snapshot = c.Labels[labelImage], c.Labels[labelChain], c.Snapshot
 	return i
 }
 
@@ -226,6 +236,9 @@ func (e *Engine) install(i *instance) {
 	if i.snapshot != "" {
 		e.shelf.hold(i.snapshot)
 	}
+	if i.code != nil {
+		e.codes.adopt(i.code)
+	}
 	_ = e.admit(max(i.claim.GetEpoch(), 0)) // one that is lower than another's changes nothing
 	e.versions.seen(i.version)
 	i.mu.Lock()
@@ -235,6 +248,9 @@ func (e *Engine) install(i *instance) {
 	}
 	i.state = hearthv1.State_STATE_UNSPECIFIED
 	e.advance(i, state)
+	if state == hearthv1.State_STATE_CREATING {
+		e.greetAdopted(i)
+	}
 	i.mu.Unlock()
 	switch state {
 	case hearthv1.State_STATE_DRAINING:
@@ -296,7 +312,7 @@ func alive(found []sandbox, id string) bool {
 // removeSnapshots removes prepared snapshots that are on nobody's list: those of a former engine.
 func (e *Engine) removeSnapshots(ctx context.Context, s *survey) {
 	for _, key := range s.snapshots {
-		if e.shelf.knows(key) {
+		if e.shelf.knows(key) || e.codes.knows(key) {
 			continue
 		}
 		if err := e.backend.RemoveSnapshot(ctx, key); err != nil {

@@ -79,10 +79,26 @@ func functionProcess(id string, img *image, user specs.User, r *hearthv1.Revisio
 	if err != nil {
 		return nil, err
 	}
+	port := map[string]string{"PORT": strconv.Itoa(int(r.Port))} // the engine waits on this one, whatever else is said
 	return &specs.Process{
-		Args: args, Env: environment(img.Config.Env, r, id), Cwd: workdir(img.Config.WorkingDir), User: user,
+		Args: args, Env: environment(img.Config.Env, id, r.Env, port), Cwd: workdir(img.Config.WorkingDir), User: user,
 	}, nil
 }
+
+// loaderProcess is what the launcher becomes for a Runtime.
+func loaderProcess(id string, img *image, user specs.User, rt *hearthv1.Runtime) (*specs.Process, error) {
+	args := slices.Concat(img.Config.Entrypoint, img.Config.Cmd)
+	if len(args) == 0 {
+		return nil, invalid("image of runtime %s has no entrypoint", rt.Name)
+	}
+	preload := map[string]string{"HEARTH_PRELOAD": strings.Join(rt.Preload, ",")}
+	return &specs.Process{
+		Args: args, Env: environment(img.Config.Env, id, rt.Env, preload), Cwd: workdir(img.Config.WorkingDir), User: user,
+	}, nil
+}
+
+// become describes in a container's spec the process that its launcher has become.
+func become(to, p *specs.Process) { to.Args, to.Env, to.Cwd, to.User = p.Args, p.Env, p.Cwd, p.User }
 
 // command is what the container runs, by the rules of Kubernetes: a command replaces both the image's entrypoint and its
 // arguments, arguments replace the image's arguments only.
@@ -101,8 +117,8 @@ func command(img ocispec.ImageConfig, r *hearthv1.Revision) ([]string, error) {
 	return args, nil
 }
 
-// environment is the image's, then what Hearth says, then the Function's own, later ones winning.
-func environment(img []string, r *hearthv1.Revision, id string) []string {
+// environment is the image's, then what Hearth says, then what else is given, later ones winning.
+func environment(img []string, id string, more ...map[string]string) []string {
 	env := map[string]string{
 		"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 	}
@@ -112,8 +128,9 @@ func environment(img []string, r *hearthv1.Revision, id string) []string {
 		}
 	}
 	env["HOSTNAME"] = id
-	maps.Copy(env, r.Env)
-	env["PORT"] = strconv.Itoa(int(r.Port)) // the engine waits on this one, whatever else is said
+	for _, m := range more {
+		maps.Copy(env, m)
+	}
 	list := make([]string, 0, len(env))
 	for _, k := range slices.Sorted(maps.Keys(env)) {
 		list = append(list, k+"="+env[k])

@@ -17,7 +17,10 @@ import (
 
 // startFunction brings a claimed Instance to where its Function listens.
 func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) error {
-	img, root, err := e.takeRootfs(ctx, a)
+	if a.runtime != nil {
+		return e.startInRuntime(ctx, i, a)
+	}
+	img, root, err := e.takeRootfs(ctx, a.image, a.trace)
 	if img != nil {
 		defer e.shelf.refill(img)
 	}
@@ -47,7 +50,10 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 	if err := e.cgroups.limit(i.id, a.revision.GetResources()); err != nil {
 		return err
 	}
-	if err := launcher.Launch(ctx, root, a.process); err != nil {
+	if err := e.mount(ctx, launcher, a); err != nil { // /run goes with the process into its root
+		return err
+	}
+	if err := launcher.Launch(ctx, launch{Root: root, Process: a.process}); err != nil {
 		return err
 	}
 	a.trace.since(phaseCreate, begin)
@@ -62,17 +68,17 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 
 // takeRootfs gets the image and a snapshot of it. An image that turns out to have been removed behind the engine's back is
 // fetched again, once.
-func (e *Engine) takeRootfs(ctx context.Context, a *activation) (*image, rootfs, error) {
+func (e *Engine) takeRootfs(ctx context.Context, ref string, t *trace) (*image, rootfs, error) {
 	for again := true; ; again = false {
-		img, err := e.library.ensure(ctx, a.image, a.trace)
+		img, err := e.library.ensure(ctx, ref, t)
 		if err != nil {
 			return nil, rootfs{}, err
 		}
-		root, err := e.shelf.take(ctx, img, a.trace)
+		root, err := e.shelf.take(ctx, img, t)
 		if err == nil || !again || !errdefs.IsNotFound(err) {
 			return img, root, err
 		}
-		e.library.forget(a.image)
+		e.library.forget(ref)
 	}
 }
 

@@ -34,6 +34,8 @@ type instance struct {
 	revision *hearthv1.Revision
 	image    string        // normalized reference, once claimed
 	chainID  string        // of its layers, once known
+	booted   *booted       // the Runtime in it; nil in a sandbox
+	code     *codeView     // of the Function's package
 	start    *activation   // of the claim
 	failure  error         // why it could not be created
 	warm     chan struct{} // closed when creation has ended, well or not
@@ -42,7 +44,6 @@ type instance struct {
 	exited   chan struct{} // closed when the Function's process has ended
 	status   uint32        // its exit status, then
 	recorded chan struct{} // closed when containerd knows what the claim has made of it
-	resumer  resumer       // told after a thaw; nil for an image's process
 	freeze   *freezing     // under way
 	frozen   frozen        // what was noted when it was frozen last
 }
@@ -71,6 +72,9 @@ func (i *instance) letGo() {
 		_ = i.launcher.Close() // there is nobody to tell
 		i.launcher = nil
 	}
+	if i.booted != nil {
+		i.booted.close()
+	}
 }
 
 // proto describes the Instance; mu must be held.
@@ -85,6 +89,9 @@ func (i *instance) proto(node string) *hearthv1.Instance {
 	}
 	if i.claim != nil {
 		p.Claim = proto.CloneOf(i.claim)
+	}
+	if i.booted != nil {
+		p.Degree, p.Runtime, p.RuntimeGeneration = hearthv1.Degree_DEGREE_RUNTIME, i.booted.name, i.booted.generation
 	}
 	if p.Address == "" && i.sandbox.IP.IsValid() {
 		p.Address = i.sandbox.IP.String()
@@ -154,19 +161,23 @@ func (v *versions) seen(n int64) {
 	}
 }
 
-// labels of the container of an Instance that serves; mu must be held.
+// labels of the container of an Instance that serves, or in which a Runtime waits; mu must be held.
 func (i *instance) labels(node string) map[string]string {
-	return map[string]string{
-		labelNode:     node,
-		labelInstance: i.id,
-		labelClaim:    i.claim.GetId(),
-		labelEpoch:    strconv.FormatInt(i.claim.GetEpoch(), 10),
-		labelVersion:  strconv.FormatInt(i.version, 10),
-		labelFunction: i.revision.GetFunction(),
-		labelRevision: i.revision.GetName(),
-		labelImage:    i.image,
-		labelChain:    i.chainID,
-		labelPort:     strconv.Itoa(int(i.revision.GetPort())),
-		labelCPU:      strconv.FormatInt(i.revision.GetResources().GetCpuMillis(), 10),
+	list := map[string]string{labelNode: node, labelInstance: i.id, labelImage: i.image, labelChain: i.chainID,
+		labelVersion: strconv.FormatInt(i.version, 10)}
+	if i.booted != nil {
+		i.booted.labels(list)
 	}
+	if i.claim != nil {
+		list[labelClaim] = i.claim.GetId()
+		list[labelEpoch] = strconv.FormatInt(i.claim.GetEpoch(), 10)
+		list[labelFunction] = i.revision.GetFunction()
+		list[labelRevision] = i.revision.GetName()
+		list[labelPort] = strconv.Itoa(int(i.revision.GetPort()))
+		list[labelCPU] = strconv.FormatInt(i.revision.GetResources().GetCpuMillis(), 10)
+	}
+	if i.code != nil {
+		list[labelCode], list[labelCodeChain] = i.code.key, i.code.chainID
+	}
+	return list
 }

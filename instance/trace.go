@@ -19,6 +19,9 @@ const (
 	phaseProcess  = "process"  // until it listens
 	phaseThaw     = "thaw"     // a frozen process let go on
 	phaseResume   = "resume"   // its loader made ready after a thaw
+	phaseBoot     = "boot"     // a Runtime that was not booted ahead
+	phaseMount    = "mount"    // the Function's code and secrets, log and limits
+	phaseLoad     = "load"     // the code by the loader, whose own phases follow it in their names
 )
 
 // trace collects the phases of one start, from begin on.

@@ -1,12 +1,15 @@
 package instance
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/proto"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
@@ -19,6 +22,12 @@ const (
 	maxClaimID   = 128
 	maxSnapshots = 64
 	maxRevision  = 96 // a function's name and a number
+	maxHandler   = 1024
+	maxPreload   = 256
+
+	maxSecrets      = 256
+	maxSecretName   = 253
+	maxSecretsBytes = 256 << 10
 )
 
 // checkLabel accepts DNS labels of at most 63 characters. Names become parts of paths, host names and label values.
@@ -62,30 +71,115 @@ func checkClaim(c *hearthv1.Claim) error {
 	return nil
 }
 
-// checkRevision checks all of a Revision and returns its image's normalized reference.
-func checkRevision(r *hearthv1.Revision) (image string, err error) {
+// checkRevision checks all of a Revision and returns the normalized references of its image, or of its Runtime's image and its
+// code package.
+func checkRevision(r *hearthv1.Revision) (image, code string, err error) {
 	if r == nil {
-		return "", invalid("revision is missing")
+		return "", "", invalid("revision is missing")
 	}
 	if err := checkLabel("function", r.Function); err != nil {
-		return "", err
+		return "", "", err
 	}
 	if len(r.Name) > maxRevision || !isLabel(r.Name) {
-		return "", invalid("revision %q is not a DNS label of at most %d characters", r.Name, maxRevision)
+		return "", "", invalid("revision %q is not a DNS label of at most %d characters", r.Name, maxRevision)
 	}
 	if r.Port < 1 || r.Port > 65535 {
-		return "", invalid("port %d is not between 1 and 65535", r.Port)
+		return "", "", invalid("port %d is not between 1 and 65535", r.Port)
 	}
 	if r.Resources.GetMemoryBytes() < 0 || r.Resources.GetCpuMillis() < 0 {
-		return "", invalid("resources are negative")
+		return "", "", invalid("resources are negative")
 	}
-	if err := checkEnv(r.Env); err != nil {
-		return "", err
+	if err := errors.Join(checkEnv(r.Env), checkArgs(slices.Concat(r.Command, r.Args)), checkSecrets(r.Secrets)); err != nil {
+		return "", "", err
 	}
-	if err := checkArgs(slices.Concat(r.Command, r.Args)); err != nil {
-		return "", err
+	if r.Runtime == nil && r.Code == nil {
+		image, err = checkImage(r.Image)
+		return image, "", err
 	}
-	return checkImage(r.Image)
+	return checkCode(r)
+}
+
+// checkCode checks a Revision of a Runtime.
+func checkCode(r *hearthv1.Revision) (image, code string, err error) {
+	if r.Runtime == nil || r.Code == nil || r.Image != "" || len(r.Command)+len(r.Args) > 0 {
+		return "", "", invalid("a runtime and code go together, and with neither image nor command nor args")
+	}
+	rt, err := checkRuntime(r.Runtime)
+	if err != nil {
+		return "", "", err
+	}
+	if len(r.Code.Handler) > maxHandler || strings.ContainsFunc(r.Code.Handler, unicode.IsControl) {
+		return "", "", invalid("handler is longer than %d bytes or has control characters", maxHandler)
+	}
+	if hearthv1.Signature_name[int32(r.Code.Signature)] == "" {
+		return "", "", invalid("signature %d is unknown", r.Code.Signature)
+	}
+	code, err = checkImage(r.Code.Package)
+	return rt.Image, code, err
+}
+
+// checkDegree returns the Runtime to boot, checked; nil for a sandbox.
+func checkDegree(degree hearthv1.Degree, rt *hearthv1.Runtime) (*hearthv1.Runtime, error) {
+	switch {
+	case degree == hearthv1.Degree_DEGREE_RUNTIME:
+		return checkRuntime(rt)
+	case degree != hearthv1.Degree_DEGREE_UNSPECIFIED && degree != hearthv1.Degree_DEGREE_SANDBOX:
+		return nil, invalid("degree %s: instances are made as sandbox or runtime", degree)
+	case rt != nil:
+		return nil, invalid("a runtime is booted with degree runtime only")
+	}
+	return nil, nil
+}
+
+// checkRuntime returns a Runtime with its image's normalized reference.
+func checkRuntime(rt *hearthv1.Runtime) (*hearthv1.Runtime, error) {
+	if rt == nil {
+		return nil, invalid("runtime is missing")
+	}
+	if err := errors.Join(checkLabel("runtime", rt.Name), checkEnv(rt.Env)); err != nil {
+		return nil, err
+	}
+	if rt.Generation < 0 {
+		return nil, invalid("generation %d of runtime %s is negative", rt.Generation, rt.Name)
+	}
+	if len(rt.Preload) > maxPreload {
+		return nil, invalid("%d libraries to preload are more than %d", len(rt.Preload), maxPreload)
+	}
+	for _, name := range rt.Preload {
+		if name == "" || len(name) > maxHandler || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || r == ',' }) {
+			return nil, invalid("library %.80q is not a name of at most %d printable characters without commas", name, maxHandler)
+		}
+	}
+	image, err := checkImage(rt.Image)
+	return runtimeOf(&hearthv1.Revision{Runtime: rt}, image), err
+}
+
+// runtimeOf is a Revision's Runtime with its image's normalized reference; nil if it has none.
+func runtimeOf(r *hearthv1.Revision, image string) *hearthv1.Runtime {
+	if r.GetRuntime() == nil {
+		return nil
+	}
+	rt := proto.CloneOf(r.Runtime)
+	rt.Image = image
+	return rt
+}
+
+// checkSecrets accepts names that are files of one directory and cannot lead out of it.
+func checkSecrets(secrets map[string][]byte) error {
+	size := 0
+	for name, value := range secrets {
+		bad := func(r rune) bool {
+			return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._-", r))
+		}
+		if name == "" || name == "." || name == ".." || len(name) > maxSecretName || strings.ContainsFunc(name, bad) {
+			return invalid("secret %.80q is not a file's name of at most %d letters, digits, '.', '_' and '-'", name, maxSecretName)
+		}
+		size += len(value)
+	}
+	if len(secrets) > maxSecrets || size > maxSecretsBytes {
+		return invalid("%d secrets of %d bytes are more than %d of %d", len(secrets), size, maxSecrets, maxSecretsBytes)
+	}
+	return nil
 }
 
 func checkImage(ref string) (string, error) {

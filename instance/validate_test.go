@@ -70,9 +70,11 @@ func TestOthersRefuse(t *testing.T) {
 	e := run(t, newFake(t))
 	wantCode(t, create(e, "Not_A_Label"), connect.CodeInvalidArgument)
 	wantCode(t, create(e, strings.Repeat("x", 64)), connect.CodeInvalidArgument)
-	_, err := e.CreateInstance(t.Context(), connect.NewRequest(&hearthv1.CreateInstanceRequest{Id: "a", Degree: hearthv1.Degree_DEGREE_RUNTIME}))
-	wantCode(t, err, connect.CodeInvalidArgument)
-	_, err = e.Discard(t.Context(), connect.NewRequest(&hearthv1.DiscardRequest{InstanceId: "a", Grace: durationpb.New(time.Hour)}))
+	for _, degree := range []hearthv1.Degree{hearthv1.Degree_DEGREE_RUNTIME, hearthv1.Degree_DEGREE_REVISION, 99} {
+		_, err := e.CreateInstance(t.Context(), connect.NewRequest(&hearthv1.CreateInstanceRequest{Id: "a", Degree: degree}))
+		wantCode(t, err, connect.CodeInvalidArgument)
+	}
+	_, err := e.Discard(t.Context(), connect.NewRequest(&hearthv1.DiscardRequest{InstanceId: "a", Grace: durationpb.New(time.Hour)}))
 	wantCode(t, err, connect.CodeInvalidArgument)
 	if err := discard(e, "unknown", 0); err != nil {
 		t.Errorf("an unknown instance is an error: %v", err)

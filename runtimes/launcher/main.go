@@ -6,6 +6,8 @@
 // it and ends; otherwise the connection closes without a word, because it is not inherited. A connection that closes before it
 // has said anything changes nothing: another may come.
 //
+// A Runtime's loader gets the socket itself, still listening, as its descriptor 0: no path inside the container leads to it.
+//
 // It uses nothing but the standard library, and little of it: every warm Instance has one in memory.
 package main
 
@@ -28,7 +30,12 @@ type process struct {
 	UID    int      `json:"uid"`
 	GID    int      `json:"gid"`
 	Groups []int    `json:"groups"`
+	// Control is whether it gets the socket that this program listens on as its standard input.
+	Control bool `json:"control"`
 }
+
+// backlog leaves room for connections of nodeagents that have ended while nobody accepted.
+const backlog = 16
 
 func main() {
 	if len(os.Args) != 2 {
@@ -50,7 +57,7 @@ func serve(path string) error {
 	if err := syscall.Bind(listener, &syscall.SockaddrUnix{Name: path}); err != nil {
 		return fmt.Errorf("bind %s: %w", path, err)
 	}
-	if err := syscall.Listen(listener, 1); err != nil {
+	if err := syscall.Listen(listener, backlog); err != nil {
 		return fmt.Errorf("listen on %s: %w", path, err)
 	}
 	for {
@@ -62,7 +69,7 @@ func serve(path string) error {
 			return fmt.Errorf("accept on %s: %w", path, err)
 		}
 		conn := os.NewFile(uintptr(fd), path)
-		if err := launch(conn); err != nil {
+		if err := launch(conn, listener); err != nil {
 			_, _ = io.WriteString(conn, err.Error()) // nobody else could be told
 			return err
 		}
@@ -71,7 +78,7 @@ func serve(path string) error {
 }
 
 // launch returns nil if the connection said nothing.
-func launch(conn io.Reader) error {
+func launch(conn io.Reader, listener int) error {
 	var p process
 	err := json.NewDecoder(conn).Decode(&p)
 	if errors.Is(err, io.EOF) {
@@ -89,6 +96,11 @@ func launch(conn io.Reader) error {
 	program, err := find(p)
 	if err != nil {
 		return err
+	}
+	if p.Control {
+		if err := syscall.Dup3(listener, 0, 0); err != nil { // the copy is inherited
+			return fmt.Errorf("pass the socket on: %w", err)
+		}
 	}
 	if err := syscall.Exec(program, p.Args, p.Env); err != nil {
 		return fmt.Errorf("execute %s: %w", program, err)
