@@ -7,10 +7,12 @@
 // launcher execute the Function's process in its place. Neither containerd nor runc is in that path: they would take some 100 ms.
 //
 // Invariants:
-//   - An Instance's state only ever grows. The compare-and-swap Warm → Claimed happens in memory, under the Instance's lock,
-//     and is what makes a claim one Instance's and no one else's.
-//   - containerd is the only store. After a restart the engine reads sandboxes and containers by their labels: one whose launcher
-//     still waits is Warm, one whose container runs and was recorded as serving is Serving, everything else is discarded.
+//   - An Instance moves as the table of moves says, each time with a higher version. The compare-and-swap to Claimed, from Warm or,
+//     for the same Revision, from Frozen, happens in memory, under the Instance's lock, and is what makes a claim one Instance's
+//     and no one else's.
+//   - containerd and the kernel's freezers are the only store. After a restart the engine reads sandboxes and containers by their
+//     labels: one whose launcher still waits is Warm, one whose container runs and was recorded as serving is Serving, one that
+//     was recorded and is held by its freezer is Frozen, everything else is discarded.
 //   - What was begun is ended: creations, activations and removals belong to the engine and not to the call that asked for them,
 //     so that a caller who goes away strands nothing.
 package instance

@@ -98,12 +98,16 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
   [plugins.'io.containerd.cri.v1.runtime'.cni]
     conf_dir = %[7]q
     bin_dirs = [%[10]q]
+  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+      Root = %[11]q # by default all containerds of a machine share runc's, and its names
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
   platform = "linux"
   snapshotter = %[4]q
   differ = "walking"
 %[8]s%[9]s`, filepath.Join(n.Dir, "root"), filepath.Join(n.Dir, "state"), n.Socket, name, !opts.LocalPull, opts.HostsDir,
-		filepath.Join(n.Dir, "cni"), proxy, opts.Config, filepath.Join(n.tools, "cni"))
+		filepath.Join(n.Dir, "cni"), proxy, opts.Config, filepath.Join(n.tools, "cni"), filepath.Join(n.Dir, "runc"))
 }
 
 // start runs containerd, the first time or again, and waits until it answers.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"golang.org/x/sys/unix"
 
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
 	"github.com/hearth-serverless/hearth/instance"
@@ -104,8 +106,8 @@ func main() {
 }
 `
 
-// subnet is the one of the Instances; the tests of this package do not run in parallel.
-const subnet = "10.213.77.0/24"
+// subnet is the one of the Instances; the tests of this package do not run in parallel, but other runs of it may.
+func subnet() string { return fmt.Sprintf("10.213.%d.0/24", os.Getpid()%256) }
 
 // instanceNode is a containerd with our snapshotter, a registry, a network, and the engine.
 type instanceNode struct {
@@ -204,7 +206,7 @@ func (n *instanceNode) writeNetwork() {
 	}
 	text := fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "hearth-test", "plugins": [{"type": "ptp", "ipMasq": false,
 		"ipam": {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": %q}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}`,
-		filepath.Join(n.Dir, "ipam"), subnet)
+		filepath.Join(n.Dir, "ipam"), subnet())
 	if err := os.WriteFile(filepath.Join(n.Dir, "cni", "10-ptp.conflist"), []byte(text), 0o644); err != nil {
 		n.t.Fatal(err)
 	}
@@ -272,7 +274,21 @@ func (n *instanceNode) cgroups() []string {
 	return all
 }
 
+// removeCgroups ends what a test that failed has left running, and removes the Instances' cgroups.
 func (n *instanceNode) removeCgroups() {
+	for _, pattern := range []string{"/sys/fs/cgroup/*", "/sys/fs/cgroup"} {
+		found, _ := filepath.Glob(pattern + n.cgroup + "/*/*")
+		for _, dir := range found {
+			_ = os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("THAWED"), 0) // whichever there is
+			_ = os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("0"), 0)
+			text, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+			for _, field := range strings.Fields(string(text)) {
+				if pid, err := strconv.Atoi(field); err == nil {
+					_ = unix.Kill(pid, unix.SIGKILL)
+				}
+			}
+		}
+	}
 	for _, pattern := range []string{"/sys/fs/cgroup/*", "/sys/fs/cgroup"} {
 		for _, tail := range []string{"/*/*", "/*", ""} {
 			found, _ := filepath.Glob(pattern + n.cgroup + tail)
