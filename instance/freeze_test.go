@@ -214,9 +214,11 @@ func TestAnswerOfTheNoteIsLost(t *testing.T) {
 		_, err := freeze(e, "a", 1)
 		wantCode(t, err, connect.CodeUnavailable)
 		time.Sleep(time.Second)
-		if got := f.containers["a.fn"].Labels[instance.LabelFrozen]; got != "" {
-			t.Errorf("it is still noted as frozen since %s", got)
-		}
+		f.set(func() {
+			if got := f.containers["a.fn"].Labels[instance.LabelFrozen]; got != "" {
+				t.Errorf("it is still noted as frozen since %s", got)
+			}
+		})
 	})
 }
 
