@@ -1,6 +1,7 @@
 package images
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"encoding/json"
@@ -24,7 +25,7 @@ var baseScript string
 //go:embed layer.sh
 var layerScript string
 
-// debian builds base, packages and function as three layers. dir is the image's folder under way; what is only needed
+// debian builds base, packages and function as three layers; an image on another has its packages' layer too. dir is the image's folder under way; what is only needed
 // while building goes to its subfolder work, and is gone afterwards.
 func (b *builder) debian(ctx context.Context, name string, r recipe, dir string) ([]*blob, error) {
 	apt, err := aptOptions(ctx)
@@ -41,21 +42,36 @@ func (b *builder) debian(ctx context.Context, name string, r recipe, dir string)
 	}
 	defer func() { _ = os.RemoveAll(work) }()
 
-	packages := filepath.Join(work, "packages")
-	err = b.step(name, "install "+strings.Join(r.Packages, ", "), func() error {
-		return overlay(ctx, packages, []string{root}, apt, r.Packages, nil)
-	})
-	if err != nil {
-		return nil, err
+	layers, lower := []*blob{lowest}, []string{root} // trees topmost first, as overlays want them
+	if r.On != "" {
+		shared, tree, err := b.packagesOf(ctx, r.On, filepath.Join(work, "on"))
+		if err != nil {
+			return nil, err
+		}
+		layers, lower = append(layers, shared), append([]string{tree}, lower...)
+	}
+	below := lower
+	if len(r.Packages) > 0 {
+		packages := filepath.Join(work, "packages")
+		err = b.step(name, "install "+strings.Join(r.Packages, ", "), func() error {
+			return overlay(ctx, packages, lower, apt, r.Packages, r.dir(), nil)
+		})
+		if err != nil {
+			return nil, err
+		}
+		lower = append([]string{packages}, lower...)
 	}
 	function := filepath.Join(work, "function")
-	if err := b.function(ctx, name, r, function, []string{packages, root}, apt); err != nil {
+	if err := b.function(ctx, name, r, function, lower, apt); err != nil {
 		return nil, err
 	}
-	layers := []*blob{lowest}
+	trees := []string{function}
+	if len(r.Packages) > 0 {
+		trees = []string{lower[0], function}
+	}
 	err = b.step(name, "pack layers", func() error {
-		for _, tree := range []string{packages, function} {
-			layer, err := pack(ctx, tree, []string{root}, filepath.Join(dir, filepath.Base(tree)+".tar.gz"))
+		for _, tree := range trees {
+			layer, err := pack(ctx, tree, below, filepath.Join(dir, filepath.Base(tree)+".tar.gz"))
 			if err != nil {
 				return err
 			}
@@ -64,6 +80,23 @@ func (b *builder) debian(ctx context.Context, name string, r recipe, dir string)
 		return nil
 	})
 	return layers, err
+}
+
+// packagesOf returns the layer of packages of an image, which it builds if need be, and the layer's tree in dir.
+func (b *builder) packagesOf(ctx context.Context, name, dir string) (*blob, string, error) {
+	r, ok := recipeOf(name)
+	if !ok {
+		return nil, "", fmt.Errorf("it lies on %s, which does not exist", name)
+	}
+	path, err := b.image(ctx, name, r)
+	if err != nil {
+		return nil, "", err
+	}
+	layer, err := layoutLayer(path, 1)
+	if err != nil {
+		return nil, "", fmt.Errorf("packages of %s: %w", name, err)
+	}
+	return layer, dir, b.step(name, "unpack its packages", func() error { return unpackLayer(ctx, layer.path, dir) })
 }
 
 // base returns the common base as a layer and as a tree to mount overlays on; it is a cache entry of its own.
@@ -115,21 +148,24 @@ func (b *builder) base(ctx context.Context, apt []string) (*blob, string, error)
 
 // function fills dir with the tree of the topmost layer, compiling the source first where the recipe says so.
 func (b *builder) function(ctx context.Context, name string, r recipe, dir string, lower, apt []string) error {
+	if r.Runtime == "native" {
+		return b.nativeLoader(ctx, name, r, filepath.Join(dir, r.dir()))
+	}
 	if len(r.Compile) == 0 {
-		return writeTree(filepath.Join(dir, appDir), map[string][]byte{r.File: r.Source}, 0o644)
+		return writeTree(filepath.Join(dir, r.dir()), r.files(), 0o644)
 	}
 	compiled := filepath.Join(filepath.Dir(dir), "compile")
-	if err := writeTree(filepath.Join(compiled, appDir), map[string][]byte{r.File: r.Source}, 0o644); err != nil {
+	if err := writeTree(filepath.Join(compiled, r.dir()), r.files(), 0o644); err != nil {
 		return err
 	}
-	err := b.step(name, "compile "+r.File, func() error {
-		return overlay(ctx, compiled, lower, apt, r.Compiler, r.Compile)
+	err := b.step(name, "compile "+cmp.Or(r.File, "its loader"), func() error {
+		return overlay(ctx, compiled, lower, apt, r.Compiler, r.dir(), r.Compile)
 	})
 	if err != nil {
 		return err
 	}
 	files := map[string][]byte{}
-	paths, err := filepath.Glob(filepath.Join(compiled, appDir, r.Output))
+	paths, err := filepath.Glob(filepath.Join(compiled, r.dir(), r.Output))
 	if err != nil {
 		return err
 	}
@@ -139,14 +175,14 @@ func (b *builder) function(ctx context.Context, name string, r recipe, dir strin
 		}
 	}
 	if len(files) == 0 {
-		return fmt.Errorf("compile %s: it left no %s", r.File, r.Output)
+		return fmt.Errorf("compile %s: it left no %s", cmp.Or(r.File, "its loader"), r.Output)
 	}
-	return writeTree(filepath.Join(dir, appDir), files, 0o644)
+	return writeTree(filepath.Join(dir, r.dir()), files, 0o644)
 }
 
 // overlay mounts an overlay of lower, topmost first, with upper as the folder that takes the changes, installs packages
-// in it and then runs command there, in appDir.
-func overlay(ctx context.Context, upper string, lower, apt, packages, command []string) error {
+// in it and then runs command there, in workdir.
+func overlay(ctx context.Context, upper string, lower, apt, packages []string, workdir string, command []string) error {
 	dir := filepath.Dir(upper)
 	for _, path := range []string{upper, filepath.Join(dir, "overlay"), filepath.Join(dir, "merged")} {
 		if err := os.MkdirAll(path, 0o755); err != nil {
@@ -166,7 +202,7 @@ func overlay(ctx context.Context, upper string, lower, apt, packages, command []
 		options.WriteString(option + ";\n")
 	}
 	return sandbox(ctx, dir, layerScript, append([]string{strings.Join(relative, ":"), filepath.Base(upper), options.String(),
-		strings.Join(packages, " "), appDir}, command...)...)
+		strings.Join(packages, " "), workdir}, command...)...)
 }
 
 // aptOptions returns, as lines of apt.conf without their semicolon, those of the machine's own settings without which

@@ -12,6 +12,8 @@
 //	    /log?line=L  204, once it has written L to standard output, which is all it ever writes there by itself
 //
 // On SIGTERM it takes no more connections, lets the requests under way end, and exits with status 0.
+//
+// The images called runtime-NAME hold no function: they boot the Runtime of that name, with the loader of package runtimes.
 package images
 
 import (
@@ -35,11 +37,13 @@ type Config struct {
 }
 
 // Names returns the images there are. Those of the first line are what people run, the slowest to build first; those of the
-// second have the shape that their name says, which is hard on who unpacks it, and are made of the first ones' files.
+// second have the shape that their name says, which is hard on who unpacks it, and are made of the first ones' files; those of
+// the third boot a Runtime and wait for a Function.
 func Names() []string {
 	return []string{
 		"python", "java", "node", "go", "pause",
 		"fat", "layers", "smallfiles", "torture",
+		"runtime-python", "runtime-node", "runtime-native",
 	}
 }
 
@@ -98,7 +102,7 @@ func (b *builder) image(ctx context.Context, name string, r recipe) (string, err
 		switch {
 		case len(r.From) > 0:
 			layers, err = b.shaped(ctx, name, r, dir)
-		case len(r.Packages) > 0:
+		case len(r.Packages) > 0 || r.On != "":
 			layers, err = b.debian(ctx, name, r, dir)
 		default:
 			layers, err = b.static(ctx, name, r, dir)

@@ -21,8 +21,9 @@ func (r recipe) config() *v1.ConfigFile {
 		Architecture: runtime.GOARCH,
 		OS:           "linux",
 		Config: v1.Config{
-			Cmd: r.Cmd,
-			Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+			Entrypoint: runtimeEntrypoint(r.Runtime),
+			Cmd:        r.Cmd,
+			Env:        []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
 		},
 	}
 }

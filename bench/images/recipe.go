@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"runtime"
+	"strings"
 
 	"github.com/hearth-serverless/hearth/runtimes"
 )
@@ -26,6 +27,11 @@ type recipe struct {
 	File     string   // the function's file name in the image: under appDir, or in / for an image from scratch
 	Source   []byte
 	Cmd      []string
+	// Runtime names the Runtime whose loader the image starts, in place of a function; none for the others. On names the image
+	// whose base and packages its own lie upon, so that nodes keep those once.
+	Runtime string            `json:",omitempty"`
+	On      string            `json:",omitempty"`
+	Loader  map[string][]byte `json:",omitempty"` // sources by path below hearthDir
 	// From are the images of whose files one of a certain shape is made; none for the others. Version is raised when the shape
 	// changes.
 	From    []string `json:",omitempty"`
@@ -35,6 +41,25 @@ type recipe struct {
 // appDir is where the function lies in an image that has more than it.
 const appDir = "/app"
 
+// hearthDir is where an image has what is Hearth's own in it.
+const hearthDir = "/opt/hearth"
+
+// dir is where this image's topmost layer has its files.
+func (r recipe) dir() string {
+	if r.Runtime != "" {
+		return hearthDir
+	}
+	return appDir
+}
+
+// files are the sources that go there, or are compiled there.
+func (r recipe) files() map[string][]byte {
+	if r.Runtime != "" {
+		return r.Loader
+	}
+	return map[string][]byte{r.File: r.Source}
+}
+
 func recipeOf(name string) (recipe, bool) {
 	source := func(file string) []byte {
 		text, err := functions.ReadFile("functions/" + name + "/" + file)
@@ -42,6 +67,9 @@ func recipeOf(name string) (recipe, bool) {
 			panic(err) // the file is compiled in, so this is a mistake in this function
 		}
 		return text
+	}
+	if runtime, ok := strings.CutPrefix(name, "runtime-"); ok {
+		return runtimeRecipe(runtime)
 	}
 	switch name {
 	case "python":
@@ -88,7 +116,11 @@ func recipeOf(name string) (recipe, bool) {
 // key names a cached image: it changes with everything that the image is made of and that this program decides.
 func (r recipe) key() string {
 	parts := []any{r, base(), runtime.Version()}
-	for _, name := range r.From {
+	below := r.From
+	if r.On != "" {
+		below = []string{r.On}
+	}
+	for _, name := range below {
 		if from, ok := recipeOf(name); ok {
 			parts = append(parts, from.key())
 		}

@@ -59,7 +59,7 @@ func compileGo(ctx context.Context, source, program string) error {
 	return nil
 }
 
-// writeTree creates dir with the named files in it. Their times are always the same, and so is then the layer's digest.
+// writeTree creates dir with the named files in it and below. Their times are always the same, and so is then the layer's digest.
 func writeTree(dir string, files map[string][]byte, mode os.FileMode) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -67,12 +67,17 @@ func writeTree(dir string, files map[string][]byte, mode os.FileMode) error {
 	fixed := time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 	for name, text := range files {
 		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
 		if err := os.WriteFile(path, text, mode); err != nil {
 			return err
 		}
-		if err := os.Chtimes(path, fixed, fixed); err != nil {
+	}
+	return filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
+		if err != nil {
 			return err
 		}
-	}
-	return os.Chtimes(dir, fixed, fixed)
+		return os.Chtimes(path, fixed, fixed)
+	})
 }
