@@ -9,7 +9,6 @@ import (
 	"io"
 	"io/fs"
 	"log"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -399,14 +398,9 @@ func TestPushErrors(t *testing.T) {
 	if _, err := p.Push(t.Context(), client, "Not A Repository", counter()); err == nil || !strings.Contains(err.Error(), "Not A Repository") {
 		t.Errorf("error %v", err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &httptest.Server{Listener: l, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) })}}
-	server.Start()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) }))
 	defer server.Close()
-	if _, err := p.Push(t.Context(), client, l.Addr().String()+"/code/x", counter()); !errors.Is(err, registry.ErrUnauthorized) {
+	if _, err := p.Push(t.Context(), client, strings.TrimPrefix(server.URL, "http://")+"/code/x", counter()); !errors.Is(err, registry.ErrUnauthorized) {
 		t.Errorf("error %v", err)
 	}
 }
