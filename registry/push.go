@@ -146,6 +146,18 @@ func (r *repository) putBlob(ctx context.Context, at site, desc ocispec.Descript
 	return false, nil
 }
 
+// PutManifest stores a manifest under ref's tag. What it names has to be in the repository already.
+func (c *Client) PutManifest(ctx context.Context, ref, mediaType string, data []byte) error {
+	repo, spec, err := c.repository(ctx, ref)
+	if err == nil {
+		_, err = repo.putManifest(ctx, spec.Object, mediaType, data)
+	}
+	if err != nil {
+		return fmt.Errorf("push manifest %s: %w", ref, err)
+	}
+	return nil
+}
+
 // putManifest stores a manifest under a tag or its digest. linked says that the registry lists it with its subject's referrers.
 func (r *repository) putManifest(ctx context.Context, object, mediaType string, data []byte) (linked bool, err error) {
 	var from atomic.Int32

@@ -55,7 +55,8 @@ func TestDeploySpec(t *testing.T) {
 	}
 	f.want(t, 0, "all quiet", "list")
 	f.want(t, 0, `"revision": "hello-00001"`, "list", "-o", "json")
-	f.want(t, 0, "i-1        serving   hello", "ps")
+	f.want(t, 0, "i-1        serving   sandbox    -         hello", "ps")
+	f.want(t, 0, "i-4        frozen    revision   python    other", "ps")
 	f.want(t, 0, "STATE_WARM", "ps", "-o", "json")
 	f.want(t, 0, "i-1 | one\ni-1 | two\n", "logs", "hello")
 	f.want(t, 0, "one\ntwo\n", "logs", "hello", "--instance", "i-1")
@@ -68,7 +69,7 @@ func TestDeploySpec(t *testing.T) {
 
 func TestStatus(t *testing.T) {
 	f := newFake(t)
-	out := f.want(t, 0, "0 functions, 1 warm of 2 wanted, 1 serving", "status")
+	out := f.want(t, 0, "0 functions, 1 warm of 2 wanted, 1 warm python, 1 serving, 1 frozen", "status")
 	for _, want := range []string{"Deployment test is up", "containerd 2.4.2", "node: not seen yet", "poolmanager"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("does not say %q: %s", want, out)
@@ -76,6 +77,8 @@ func TestStatus(t *testing.T) {
 	}
 	var s struct {
 		Warm    int
+		Degrees map[string]int `json:"warm_by_degree"`
+		Frozen  int
 		Daemons []struct {
 			Restarts int
 			Ready    bool
@@ -85,7 +88,7 @@ func TestStatus(t *testing.T) {
 	if err := json.Unmarshal([]byte(f.want(t, 0, "", "status", "-o", "json")), &s); err != nil {
 		t.Fatal(err)
 	}
-	if s.Warm != 1 || len(s.Daemons) != 1 || s.Daemons[0].Restarts != 3 || s.Daemons[0].Ready || s.Daemons[0].Reason == "" {
+	if s.Warm != 2 || s.Degrees["sandbox"] != 1 || s.Degrees["runtime"] != 1 || s.Frozen != 1 || len(s.Daemons) != 1 || s.Daemons[0].Restarts != 3 || s.Daemons[0].Ready || s.Daemons[0].Reason == "" {
 		t.Errorf("%+v", s)
 	}
 }
@@ -105,6 +108,25 @@ func TestInvoke(t *testing.T) {
 	f.want(t, 2, "want 'Name: value'", "invoke", "hello", "-H", "nothing")
 	f.want(t, 4, "404 Not Found", "invoke", "other")
 	f.want(t, 5, "503 Service Unavailable; try again in 2 s", "invoke", "hello", "busy")
+	f.want(t, 5, "502 Bad Gateway; see `hearth logs hello`", "invoke", "hello", "broken")
+}
+
+func TestInvokeCloudEvent(t *testing.T) {
+	f := newFake(t)
+	f.want(t, 0, "", "invoke", "hello", "event", "--cloudevent", "com.example.order", "-d", `{"id": 7}`, "-H", "Ce-Source: /orders", "-H", "Ce-Subject: seven")
+	want := map[string]string{"Ce-Specversion": "1.0", "Ce-Type": "com.example.order", "Ce-Source": "/orders", "Ce-Subject": "seven", "Content-Type": "application/json"}
+	for name, value := range want {
+		if got := f.event.Values(name); len(got) != 1 || got[0] != value {
+			t.Errorf("%s is %q, want %q", name, got, value)
+		}
+	}
+	if _, err := time.Parse(time.RFC3339Nano, f.event.Get("Ce-Time")); err != nil || f.event.Get("Ce-Id") == "" {
+		t.Errorf("event %v", f.event)
+	}
+	f.want(t, 0, "", "invoke", "hello", "event", "--cloudevent", "x")
+	if f.event.Get("Content-Type") != "" || f.event.Get("Ce-Id") == "" {
+		t.Errorf("event without data: %v", f.event)
+	}
 }
 
 func TestStart(t *testing.T) {

@@ -3,7 +3,9 @@ package cli
 import (
 	"context"
 	"fmt"
+	"io"
 	"math"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -19,52 +21,103 @@ import (
 
 // deployOptions are the flags of deploy; hearthv1.FunctionSpec explains them.
 type deployOptions struct {
-	image                                 string
-	port, concurrency, least, most, queue int32
-	env, command, hosts                   []string
-	window, grace, timeout                time.Duration
-	memory, cpu                           string
-	wait                                  bool
-	out                                   format
+	image                                         string
+	code                                          codeOptions
+	port, concurrency, least, most, queue, frozen int32
+	env, secrets, command, hosts                  []string
+	window, grace, timeout                        time.Duration
+	memory, cpu                                   string
+	wait                                          bool
+	out                                           format
 }
 
-const deployLong = `Creates a function, or changes it. The image's process has to listen on $PORT. What follows -- replaces the image's arguments.
-Unless --wait=false, the command returns when the image is on the node, so that the first call does not wait for it.`
+const deployLong = `Creates a function, or changes it, from code or from an image. Unless --wait=false, the command returns when what it runs is on
+the nodes, so that the first call does not wait for that.
 
-const deployExample = `  hearth deploy hello --image 127.0.0.1:5000/hello:1
-  hearth deploy hello --image REF --port 3000 --env GREETING=hi --concurrency 1 --max 50
-  hearth deploy hello --image REF --min 1 --memory 512Mi --cpu 0.5 -- serve --fast`
+Code is a folder or a file; a runtime loads it (see "hearth runtime"), guessed from what is there if --runtime does not name it. What
+.hearthignore names is left out (its language is .gitignore's), and so are .git, __pycache__ and node_modules/.cache. What a
+requirements.txt names is installed with pip, and what a package-lock.json names with npm unless node_modules is there; they
+have to be those of the runtime's version. The same code gives the same package, which is pushed only if the registry lacks it.
+
+An image's process has to listen on $PORT. What follows -- replaces the image's arguments.`
+
+const deployExample = `  hearth deploy hello ./hello                     a folder with main.py and its function main, or package.json, or a jar…
+  hearth deploy hello hello.py --handler hello.greet --env GREETING=hi
+  hearth deploy orders ./orders --runtime node --handler index.handle --signature cloudevent --secret token=@token.txt
+  hearth deploy fast ./server --runtime native     a program that listens on $PORT
+  hearth deploy hello --image 127.0.0.1:5000/hello:1
+  hearth deploy hello --image REF --min 1 --memory 512Mi --cpu 0.5 --concurrency 1 -- serve --fast`
 
 func (a *app) deploy() *cobra.Command {
 	o := &deployOptions{}
 	c := &cobra.Command{
-		Use: "deploy NAME --image REF [flags] [-- ARG...]", Short: "Create or change a function", Long: deployLong, Example: deployExample,
+		Use: "deploy NAME {DIR|FILE | --image REF} [flags] [-- ARG...]", Short: "Create or change a function", Long: deployLong, Example: deployExample,
 		Args: func(c *cobra.Command, args []string) error {
-			if n := c.ArgsLenAtDash(); n >= 0 {
-				args = args[:n]
+			words, _ := splitAtDash(c, args)
+			return takes(1, 2, "the function's NAME, and a folder or file of code or --image (arguments for an image's process come after --)")(c, words)
+		},
+		ValidArgsFunction: func(c *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
+			if len(args) == 1 {
+				return nil, cobra.ShellCompDirectiveDefault // files
 			}
-			return takes(1, 1, "the function's NAME (arguments for its process come after --)")(c, args)
+			return a.completeFunction(c, args, word)
 		},
 		RunE: func(c *cobra.Command, args []string) error {
-			spec, err := o.spec(args[1:])
+			words, rest := splitAtDash(c, args)
+			if err := o.validate(words[1:], rest); err != nil {
+				return err
+			}
+			spec, err := o.spec(rest)
 			if err != nil {
 				return err
 			}
-			return a.runDeploy(c.Context(), &hearthv1.Function{Name: args[0], Spec: spec}, o)
+			if len(words) > 1 {
+				if spec.Runtime, spec.Code, err = a.deployCode(c.Context(), words[0], words[1], &o.code); err != nil {
+					return err
+				}
+			}
+			return a.runDeploy(c.Context(), &hearthv1.Function{Name: words[0], Spec: spec}, o)
 		},
 	}
 	o.add(c.Flags())
+	o.code.complete(a, c)
 	return c
 }
 
+// splitAtDash separates the command's arguments from those behind --.
+func splitAtDash(c *cobra.Command, args []string) (words, rest []string) {
+	if n := c.ArgsLenAtDash(); n >= 0 {
+		return args[:n], args[n:]
+	}
+	return args, nil
+}
+
+// validate checks that there is something to run, one thing, and that the flags are about that.
+func (o *deployOptions) validate(code, args []string) error {
+	switch given := o.code.given(); {
+	case o.image == "" && len(code) == 0:
+		return usagef("what should the function run? Name a folder or file of code, or an image by --image")
+	case o.image != "" && len(code) > 0:
+		return usagef("--image %s and %q: a function runs one of them (arguments for the image's process come after --)", o.image, code[0])
+	case o.image != "" && len(given) > 0:
+		return usagef("%s: for code only, and --image names an image", strings.Join(given, ", "))
+	case o.image == "" && (len(args) > 0 || len(o.command) > 0):
+		return usagef("--command and arguments are an image's; what answers in code is named by --handler")
+	}
+	return o.code.validate()
+}
+
 func (o *deployOptions) add(f *pflag.FlagSet) {
-	f.StringVar(&o.image, "image", "", "image reference (required)")
+	f.StringVar(&o.image, "image", "", "image reference, in place of code")
+	o.code.add(f)
 	f.Int32Var(&o.port, "port", 0, "where the process listens, given to it as $PORT (default 8080)")
 	f.StringArrayVarP(&o.env, "env", "e", nil, "KEY=VALUE for the process; may be repeated")
+	f.StringArrayVar(&o.secrets, "secret", nil, "NAME=@FILE, or NAME=VALUE which others on this machine can see: a file in /run/secrets, in memory only; may be repeated")
 	f.Int32Var(&o.concurrency, "concurrency", 0, "requests that an instance serves at once (default 10)")
 	f.Int32Var(&o.least, "min", 0, "instances that are always ready")
 	f.Int32Var(&o.most, "max", 0, "instances at most (default 10)")
 	f.Int32Var(&o.queue, "queue", 0, "requests that may wait for an instance (default 1000)")
+	f.Int32Var(&o.frozen, "frozen", 0, "instances that are kept frozen when nobody needs them; negative for none (default 1)")
 	f.DurationVar(&o.window, "window", 0, "over which concurrency is averaged (default 1m)")
 	f.DurationVar(&o.grace, "grace", 0, "how long the last instance stays when nobody calls (default 30s)")
 	f.DurationVar(&o.timeout, "timeout", 0, "longest time to the first byte of an answer (default 1m)")
@@ -72,21 +125,18 @@ func (o *deployOptions) add(f *pflag.FlagSet) {
 	f.StringArrayVar(&o.command, "command", nil, "program to run instead of the image's entrypoint; repeat for its words")
 	f.StringVar(&o.memory, "memory", "", "limit of an instance, like 512Mi (default none)")
 	f.StringVar(&o.cpu, "cpu", "", "limit of an instance in cores, like 0.5 (default none)")
-	f.BoolVar(&o.wait, "wait", true, "wait until the image is on the node")
+	f.BoolVar(&o.wait, "wait", true, "wait until what it runs is on the nodes")
 	o.out.add(f)
 }
 
 func (o *deployOptions) spec(args []string) (*hearthv1.FunctionSpec, error) {
-	if o.image == "" {
-		return nil, usagef("--image is missing: which image should the function run?")
+	env, err := pairs("--env", o.env)
+	if err != nil {
+		return nil, err
 	}
-	env := map[string]string{}
-	for _, pair := range o.env {
-		key, value, ok := strings.Cut(pair, "=")
-		if !ok || key == "" {
-			return nil, usagef("--env %q: want KEY=VALUE", pair)
-		}
-		env[key] = value
+	secrets, err := readSecrets(o.secrets)
+	if err != nil {
+		return nil, err
 	}
 	memory, err := parseBytes(o.memory)
 	if err != nil {
@@ -97,12 +147,65 @@ func (o *deployOptions) spec(args []string) (*hearthv1.FunctionSpec, error) {
 		return nil, usagef("--cpu %q: %w", o.cpu, err)
 	}
 	return &hearthv1.FunctionSpec{
-		Image: o.image, Port: o.port, Env: env, Command: o.command, Args: args, Hosts: o.hosts,
+		Image: o.image, Port: o.port, Env: env, Secrets: secrets, Command: o.command, Args: args, Hosts: o.hosts,
 		Timeout: duration(o.timeout), Resources: &hearthv1.Resources{MemoryBytes: memory, CpuMillis: cpu},
 		Scaling: &hearthv1.Scaling{
 			Concurrency: o.concurrency, Min: o.least, Max: o.most, Queue: o.queue, Window: duration(o.window), Grace: duration(o.grace),
+			Frozen: o.frozen,
 		},
 	}, nil
+}
+
+// pairs reads the values of a flag that takes KEY=VALUE.
+func pairs(flag string, values []string) (map[string]string, error) {
+	m := map[string]string{}
+	for _, pair := range values {
+		key, value, ok := strings.Cut(pair, "=")
+		if !ok || key == "" {
+			return nil, usagef("%s %q: want KEY=VALUE", flag, pair)
+		}
+		m[key] = value
+	}
+	return m, nil
+}
+
+// maxSecretBytes is more than poolmanager takes, which says how much that is.
+const maxSecretBytes = 1 << 20
+
+// readSecrets reads the values of --secret. Errors never show a value.
+func readSecrets(values []string) (map[string][]byte, error) {
+	if len(values) == 0 {
+		return nil, nil
+	}
+	secrets := map[string][]byte{}
+	for i, pair := range values {
+		name, value, ok := strings.Cut(pair, "=")
+		if !ok || name == "" || strings.ContainsAny(name, "/\x00") || name == "." || name == ".." {
+			return nil, usagef("--secret, the one at place %d: want NAME=@FILE or NAME=VALUE, with the name of a file", i+1)
+		}
+		secrets[name] = []byte(value)
+		if file, ok := strings.CutPrefix(value, "@"); ok {
+			data, err := readSecret(file)
+			if err != nil {
+				return nil, fmt.Errorf("--secret %s: %w", name, err)
+			}
+			secrets[name] = data
+		}
+	}
+	return secrets, nil
+}
+
+func readSecret(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxSecretBytes+1))
+	if err == nil && len(data) > maxSecretBytes {
+		err = fmt.Errorf("%s has more than %d bytes", file, maxSecretBytes)
+	}
+	return data, err
 }
 
 func duration(d time.Duration) *durationpb.Duration {
@@ -115,7 +218,7 @@ func duration(d time.Duration) *durationpb.Duration {
 func (a *app) runDeploy(ctx context.Context, f *hearthv1.Function, o *deployOptions) error {
 	start := time.Now()
 	var resp *connect.Response[hearthv1.ApplyResponse]
-	err := a.patiently(ctx, "preparing "+f.GetSpec().GetImage(), o.wait, func(ctx context.Context) (err error) {
+	err := a.patiently(ctx, "preparing "+runs(f.GetSpec()), o.wait, func(ctx context.Context) (err error) {
 		resp, err = a.functions().Apply(ctx, connect.NewRequest(&hearthv1.ApplyRequest{Function: f, Prepare: o.wait}))
 		return err
 	})

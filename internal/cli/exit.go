@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode"
 
 	"connectrpc.com/connect"
 
@@ -29,6 +30,7 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 
 // httpError is an answer of a Function that is none.
 type httpError struct {
+	function   string
 	code       int
 	status     string
 	retryAfter string
@@ -37,6 +39,9 @@ type httpError struct {
 func (e *httpError) Error() string {
 	if e.retryAfter != "" {
 		return fmt.Sprintf("the answer is %s; try again in %s s", e.status, e.retryAfter)
+	}
+	if e.code >= 500 {
+		return fmt.Sprintf("the answer is %s; see `hearth logs %s`", e.status, e.function)
 	}
 	return "the answer is " + e.status
 }
@@ -91,7 +96,31 @@ func explain(err error, doing, run string) error {
 	if strings.Contains(rpc.Message(), "`hearth ") {
 		next = "" // the daemon has said it
 	}
-	return &spoken{text: doing + ": " + strings.TrimSpace(rpc.Message()) + next, err: err}
+	return &spoken{text: advise(doing, rpc.Message(), next), err: err}
+}
+
+// advise puts together what went wrong and what to do next. What has lines, such as a trace of a function's language, stands by
+// itself, and the advice below it.
+func advise(doing, reason, next string) string {
+	first, rest, several := strings.Cut(strings.TrimSpace(reason), "\n")
+	if !several {
+		return doing + ": " + first + next
+	}
+	text := doing + ": " + strings.TrimRight(first, "\r") + "\n"
+	for line := range strings.Lines(rest) {
+		text += "  " + strings.TrimRight(line, "\r\n") + "\n"
+	}
+	return text + strings.TrimPrefix(next, "; ")
+}
+
+// printable is a text that can do nothing to a terminal but be read: it may come from a function, an installer or a registry.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || unicode.IsPrint(r) {
+			return r
+		}
+		return '\uFFFD'
+	}, strings.TrimSpace(text))
 }
 
 // spoken is an error in words for the user.

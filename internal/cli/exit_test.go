@@ -54,3 +54,17 @@ func TestQuantities(t *testing.T) {
 		}
 	}
 }
+
+func TestAdvice(t *testing.T) {
+	for _, c := range []struct{ reason, next, want string }{
+		{"it is gone\n", "; see `hearth list`", "do: it is gone; see `hearth list`"},
+		{"it fails:\r\nTraceback:\n  line 1\r\n", "; see `hearth logs`", "do: it fails:\n  Traceback:\n    line 1\nsee `hearth logs`"},
+	} {
+		if got := advise("do", c.reason, c.next); got != c.want {
+			t.Errorf("%q, want %q", got, c.want)
+		}
+	}
+	if got := printable("a\x1b[31m\tb\x00\xff\u202e\nü\n"); got != "a\ufffd[31m\tb\ufffd\ufffd\ufffd\nü" {
+		t.Errorf("prints %q", got)
+	}
+}

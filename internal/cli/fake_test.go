@@ -7,16 +7,20 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"connectrpc.com/connect"
+	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -33,8 +37,11 @@ type fake struct {
 	hearthv1connect.UnimplementedAllocationServiceHandler
 	hearthv1connect.UnimplementedNodeServiceHandler
 	hearthv1connect.UnimplementedImageServiceHandler
+	hearthv1connect.UnimplementedRuntimeServiceHandler
 
 	run      string
+	runtimes map[string]*hearthv1.Runtime
+	event    http.Header // of the last CloudEvent
 	function *hearthv1.Function
 	address  string // of the only Instance
 	applied  *hearthv1.ApplyRequest
@@ -64,6 +71,37 @@ func (f *fake) Delete(_ context.Context, r *connect.Request[hearthv1.DeleteReque
 	return connect.NewResponse(&hearthv1.DeleteResponse{}), nil
 }
 
+func (f *fake) ApplyRuntime(_ context.Context, r *connect.Request[hearthv1.ApplyRuntimeRequest]) (*connect.Response[hearthv1.ApplyRuntimeResponse], error) {
+	runtime := r.Msg.GetRuntime()
+	if runtime.GetImage() == "reg/broken" {
+		trace := "the runtime broken does not boot:\nTraceback (most recent call last):\n  File \"loader.py\", line 1\x1b[31m\nSyntaxError: no\n"
+		return nil, connect.NewError(connect.CodeInternal, errors.New(trace))
+	}
+	runtime.Generation = f.runtimes[runtime.GetName()].GetGeneration() + 1
+	f.runtimes[runtime.GetName()] = runtime
+	return connect.NewResponse(&hearthv1.ApplyRuntimeResponse{Runtime: runtime}), nil
+}
+
+func (f *fake) ListRuntimes(context.Context, *connect.Request[hearthv1.ListRuntimesRequest]) (*connect.Response[hearthv1.ListRuntimesResponse], error) {
+	resp := &hearthv1.ListRuntimesResponse{}
+	for _, name := range slices.Sorted(maps.Keys(f.runtimes)) {
+		resp.Runtimes = append(resp.Runtimes, f.runtimes[name])
+	}
+	return connect.NewResponse(resp), nil
+}
+
+func (f *fake) DeleteRuntime(_ context.Context, r *connect.Request[hearthv1.DeleteRuntimeRequest]) (*connect.Response[hearthv1.DeleteRuntimeResponse], error) {
+	name := r.Msg.GetName()
+	switch {
+	case f.runtimes[name] == nil:
+		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("there is no runtime %s", name))
+	case f.function.GetSpec().GetRuntime() == name:
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("function %s needs it", f.function.GetName()))
+	}
+	delete(f.runtimes, name)
+	return connect.NewResponse(&hearthv1.DeleteRuntimeResponse{}), nil
+}
+
 func (f *fake) instance() *hearthv1.Instance {
 	return &hearthv1.Instance{Id: "i-1", Node: "n", State: hearthv1.State_STATE_SERVING, Address: f.address, Function: "hello", Revision: "hello-00001"}
 }
@@ -71,6 +109,8 @@ func (f *fake) instance() *hearthv1.Instance {
 func (f *fake) ListInstances(context.Context, *connect.Request[hearthv1.ListInstancesRequest]) (*connect.Response[hearthv1.ListInstancesResponse], error) {
 	return connect.NewResponse(&hearthv1.ListInstancesResponse{Instances: []*hearthv1.Instance{
 		f.instance(), {Id: "i-2", State: hearthv1.State_STATE_WARM},
+		{Id: "i-3", State: hearthv1.State_STATE_WARM, Degree: hearthv1.Degree_DEGREE_RUNTIME, Runtime: "python"},
+		{Id: "i-4", State: hearthv1.State_STATE_FROZEN, Degree: hearthv1.Degree_DEGREE_REVISION, Runtime: "python", Function: "other"},
 	}}), nil
 }
 
@@ -119,6 +159,10 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, _ := io.ReadAll(r.Body)
 	w.Header().Set("X-Seen", r.Header.Get("X-Sent"))
 	switch r.URL.Path {
+	case "/fn/hello/event":
+		f.event = r.Header
+	case "/fn/hello/broken":
+		http.Error(w, "Traceback (most recent call last): …", http.StatusBadGateway)
 	case "/fn/hello/busy":
 		w.Header().Set("Retry-After", "2")
 		http.Error(w, "busy", http.StatusServiceUnavailable)
@@ -135,7 +179,7 @@ func newFake(t *testing.T) *fake {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fake{run: run}
+	f := &fake{run: run, runtimes: map[string]*hearthv1.Runtime{}}
 	web := httptest.NewServer(f)
 	f.address = strings.TrimPrefix(web.URL, "http://")
 	mux := http.NewServeMux()
@@ -143,6 +187,7 @@ func newFake(t *testing.T) *fake {
 	mux.Handle(hearthv1connect.NewAllocationServiceHandler(f))
 	mux.Handle(hearthv1connect.NewNodeServiceHandler(f))
 	mux.Handle(hearthv1connect.NewImageServiceHandler(f))
+	mux.Handle(hearthv1connect.NewRuntimeServiceHandler(f))
 	ready := &daemon.Readiness{}
 	ready.Set("node", errors.New("not seen yet"))
 	mux.Handle("/readyz", ready)
@@ -158,15 +203,22 @@ func newFake(t *testing.T) *fake {
 		web.Close()
 		_ = os.RemoveAll(run)
 	})
-	f.beUp(t, web.URL)
+	f.beUp(t, web.URL, f.registry(t))
 	return f
 }
 
+// registry is the deployment's own, and empty.
+func (f *fake) registry(t *testing.T) (address string) {
+	server := httptest.NewServer(ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0))))
+	t.Cleanup(server.Close)
+	return strings.TrimPrefix(server.URL, "http://")
+}
+
 // beUp writes what a supervisor writes, and holds its lock.
-func (f *fake) beUp(t *testing.T, gateway string) {
+func (f *fake) beUp(t *testing.T, gateway, registry string) {
 	t.Helper()
 	pool := filepath.Join(f.run, stack.PoolSocket)
-	status := stack.Status{Name: "test", State: stack.StateUp, PID: 1, Root: "/data", Run: f.run, Gateway: gateway, Subnet: "10.0.0.0/20", PoolSize: 2, Containerd: "2.4.2",
+	status := stack.Status{Name: "test", State: stack.StateUp, PID: 1, Root: "/data", Run: f.run, Gateway: gateway, Registry: registry, Subnet: "10.0.0.0/20", PoolSize: 2, Containerd: "2.4.2",
 		Daemons: []stack.Daemon{{Name: "poolmanager", PID: os.Getpid(), Restarts: 3, Started: time.Now(), Admin: pool}}}
 	data, err := json.Marshal(status)
 	if err != nil {

@@ -24,12 +24,12 @@ func (a *app) list() *cobra.Command {
 			if out == formatJSON {
 				return a.printJSON(messages(list))
 			}
-			rows := [][]string{{"NAME", "REVISION", "READY", "STARTING", "DESIRED", "AGE", "IMAGE", "REASON"}}
+			rows := [][]string{{"NAME", "REVISION", "READY", "STARTING", "DESIRED", "AGE", "RUNS", "REASON"}}
 			for _, f := range list {
 				s := f.GetStatus()
 				rows = append(rows, []string{
 					f.GetName(), dash(s.GetRevision()), fmt.Sprint(s.GetReady()), fmt.Sprint(s.GetStarting()), fmt.Sprint(s.GetDesired()),
-					age(s.GetCreatedAt().AsTime(), time.Now()), f.GetSpec().GetImage(), s.GetReason(),
+					age(s.GetCreatedAt().AsTime(), time.Now()), runs(f.GetSpec()), firstLine(s.GetReason()),
 				})
 			}
 			return a.table(rows)
@@ -52,10 +52,10 @@ func (a *app) ps() *cobra.Command {
 			if out == formatJSON {
 				return a.printJSON(messages(list))
 			}
-			rows := [][]string{{"INSTANCE", "STATE", "FUNCTION", "REVISION", "ADDRESS", "AGE", "NODE"}}
+			rows := [][]string{{"INSTANCE", "STATE", "DEGREE", "RUNTIME", "FUNCTION", "REVISION", "ADDRESS", "AGE", "NODE"}}
 			for _, i := range list {
 				rows = append(rows, []string{
-					i.GetId(), stateName(i.GetState()), dash(i.GetFunction()), dash(i.GetRevision()), dash(i.GetAddress()),
+					i.GetId(), stateName(i.GetState()), degreeName(i.GetDegree()), dash(i.GetRuntime()), dash(i.GetFunction()), dash(i.GetRevision()), dash(i.GetAddress()),
 					age(i.GetCreatedAt().AsTime(), time.Now()), dash(i.GetNode()),
 				})
 			}
@@ -64,6 +64,31 @@ func (a *app) ps() *cobra.Command {
 	}
 	out.add(c.Flags())
 	return c
+}
+
+// runs is what a Function is made of, in a word or three.
+func runs(spec *hearthv1.FunctionSpec) string {
+	if spec.GetRuntime() == "" {
+		return spec.GetImage()
+	}
+	return strings.TrimSpace(spec.GetRuntime() + " " + spec.GetCode().GetHandler())
+}
+
+// firstLine keeps a trace out of a table.
+func firstLine(text string) string {
+	first, _, several := strings.Cut(printable(text), "\n")
+	if several {
+		return first + " …"
+	}
+	return first
+}
+
+// degreeName is a degree as people say it. Nodes from before there were several say none.
+func degreeName(d hearthv1.Degree) string {
+	if d == hearthv1.Degree_DEGREE_UNSPECIFIED {
+		d = hearthv1.Degree_DEGREE_SANDBOX
+	}
+	return strings.ToLower(strings.TrimPrefix(d.String(), "DEGREE_"))
 }
 
 // stateName is a state as people say it: warm, serving, …

@@ -12,6 +12,7 @@ import (
 
 const (
 	drawPause = 100 * time.Millisecond
+	drawAfter = time.Second // what takes less needs no bar
 	barCells  = 30
 )
 
@@ -36,10 +37,11 @@ func (a *app) withProgress(what string, total int64, done *atomic.Int64, do func
 			return err
 		case now := <-tick.C:
 			line := bar(what, done.Load(), total, now.Sub(start))
-			if terminal {
-				_, _ = fmt.Fprint(a.err, "\r\x1b[K", line)
-			} else {
+			switch {
+			case !terminal:
 				a.note("%s", line)
+			case now.Sub(start) >= drawAfter:
+				_, _ = fmt.Fprint(a.err, "\r\x1b[K", line)
 			}
 		}
 	}

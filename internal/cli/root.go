@@ -70,7 +70,7 @@ func (a *app) execute(ctx context.Context) int {
 	if err == nil {
 		return ExitOK
 	}
-	_, _ = fmt.Fprintln(a.err, "hearth:", err)
+	_, _ = fmt.Fprintln(a.err, "hearth:", printable(err.Error()))
 	code := exitCode(err)
 	if code == ExitUsage {
 		_, _ = fmt.Fprintf(a.err, "See %s --help.\n", command.CommandPath())
@@ -86,7 +86,7 @@ Exit codes: 0 all is well, 1 it failed, 2 wrong flags or arguments, 3 no deploym
 4 no such function, or invoke was answered 4xx, 5 invoke was answered 5xx, 130 interrupted.`
 
 const rootExample = `  sudo hearth up --tools .cache/tools/current     bring it up
-  hearth deploy hello --image REF                 deploy a function
+  hearth deploy hello --image REF                 deploy a function, from an image or from code
   hearth invoke hello                             call it; it starts when it is called
   hearth start hello --cold --trace               where does the time of a start go?
   sudo hearth down                                leave nothing behind, but the data`
@@ -119,7 +119,7 @@ func (a *app) root() *cobra.Command {
 		c.GroupID = "deployment"
 		root.AddCommand(c)
 	}
-	for _, c := range []*cobra.Command{a.deploy(), a.invoke(), a.list(), a.ps(), a.logs(), a.start(), a.delete()} {
+	for _, c := range []*cobra.Command{a.deploy(), a.invoke(), a.list(), a.ps(), a.logs(), a.start(), a.delete(), a.runtimeCommands()} {
 		c.GroupID = "functions"
 		root.AddCommand(c)
 	}

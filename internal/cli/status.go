@@ -3,6 +3,8 @@ package cli
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"time"
 
@@ -16,7 +18,9 @@ import (
 type statusJSON struct {
 	*stack.Status
 	Warm      int               `json:"warm"`
+	Degrees   map[string]int    `json:"warm_by_degree"`
 	Serving   int               `json:"serving"`
+	Frozen    int               `json:"frozen"`
 	Functions []json.RawMessage `json:"functions"`
 	Instances []json.RawMessage `json:"instances"`
 }
@@ -49,13 +53,12 @@ func (a *app) status() *cobra.Command {
 }
 
 func (a *app) printStatus(s *stack.Status, functions []*hearthv1.Function, list []*hearthv1.Instance, out format) error {
-	count := map[hearthv1.State]int{}
-	for _, i := range list {
-		count[i.GetState()]++
-	}
-	warm, serving := count[hearthv1.State_STATE_WARM], count[hearthv1.State_STATE_SERVING]
+	n := count(list)
 	if out == formatJSON {
-		return a.printJSON(statusJSON{s, warm, serving, messages(functions), messages(list)})
+		return a.printJSON(statusJSON{
+			Status: s, Warm: n.states[hearthv1.State_STATE_WARM], Degrees: n.degrees, Serving: n.states[hearthv1.State_STATE_SERVING],
+			Frozen: n.states[hearthv1.State_STATE_FROZEN], Functions: messages(functions), Instances: messages(list),
+		})
 	}
 	if err := a.printf("Deployment %s is %s at %s; data in %s\n", s.Name, s.State, s.Gateway, s.Root); err != nil {
 		return err
@@ -83,7 +86,38 @@ func (a *app) printStatus(s *stack.Status, functions []*hearthv1.Function, list 
 	if err := a.table(rows); err != nil {
 		return err
 	}
-	return a.printf("\n%s, %d warm of %d wanted, %d serving\n", plural(len(functions), "function"), warm, s.PoolSize, serving)
+	return a.printf("\n%s, %s\n", plural(len(functions), "function"), n.sentence(s.PoolSize))
+}
+
+// census counts Instances: by state, and the warm ones by degree and by Runtime.
+type census struct {
+	states   map[hearthv1.State]int
+	degrees  map[string]int
+	runtimes map[string]int
+}
+
+func count(list []*hearthv1.Instance) census {
+	n := census{map[hearthv1.State]int{}, map[string]int{}, map[string]int{}}
+	for _, i := range list {
+		n.states[i.GetState()]++
+		if i.GetState() != hearthv1.State_STATE_WARM {
+			continue
+		}
+		n.degrees[degreeName(i.GetDegree())]++
+		if i.GetRuntime() != "" {
+			n.runtimes[i.GetRuntime()]++
+		}
+	}
+	return n
+}
+
+// sentence says how many are warm, serving and frozen.
+func (n census) sentence(sandboxes int) string {
+	text := fmt.Sprintf("%d warm of %d wanted", n.degrees[degreeName(hearthv1.Degree_DEGREE_SANDBOX)], sandboxes)
+	for _, name := range slices.Sorted(maps.Keys(n.runtimes)) {
+		text += fmt.Sprintf(", %d warm %s", n.runtimes[name], name)
+	}
+	return fmt.Sprintf("%s, %d serving, %d frozen", text, n.states[hearthv1.State_STATE_SERVING], n.states[hearthv1.State_STATE_FROZEN])
 }
 
 func yesNo(b bool) string {

@@ -267,5 +267,6 @@ func (a *app) printUp(s *stack.Status) error {
 		flag = " --run " + s.Run
 	}
 	text += fmt.Sprintf("Next: hearth deploy NAME --image REF%s, then hearth invoke NAME%s; the end of it: hearth down%s\n", flag, flag, flag)
+	text += fmt.Sprintf("Code wants a runtime: hearth runtime apply NAME --image REF%s, then hearth deploy NAME DIR%s\n", flag, flag)
 	return a.printf("%s", text)
 }
