@@ -19,6 +19,7 @@ const (
 	warm    = hearthv1.State_STATE_WARM
 	serves  = hearthv1.State_STATE_SERVING
 	claimed = hearthv1.State_STATE_CLAIMED
+	frozen  = hearthv1.State_STATE_FROZEN
 )
 
 func one(n *fakeNode) pool.Config {
@@ -297,7 +298,13 @@ func TestLostAnswerIsFoundByTheStream(t *testing.T) {
 }
 
 func TestBurstDoesNotStarveOthers(t *testing.T) {
-	bubble(t, func(t *testing.T, n *fakeNode, m *running) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNode(t, "node")
+		c := one(n)
+		c.ClaimsPerNode = 16
+		m := start(t, c)
+		defer m.stop()
+		time.Sleep(2 * time.Second)
 		n.on(func() { n.activateTime = time.Second })
 		m.apply("burst", nil)
 		m.apply("quiet", nil)
