@@ -81,6 +81,9 @@ func (m *Manager) join(name, id string, deadline time.Time) (*allocation, error)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if a := m.allocations[id]; a != nil && !m.stillGood(a) {
+		delete(m.allocations, id)
+	}
 	if a := m.allocations[id]; a != nil {
 		if a.function != name {
 			return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("id: %q is an allocation of function %s", id, a.function))
@@ -97,6 +100,16 @@ func (m *Manager) join(name, id string, deadline time.Time) (*allocation, error)
 	a.callers++
 	m.step(now)
 	return a, nil
+}
+
+// stillGood says whether an allocation's answer holds: its Instance may have been given up since, and be frozen or another claim's.
+func (m *Manager) stillGood(a *allocation) bool {
+	if a.response == nil {
+		return true
+	}
+	got := a.response.GetInstance()
+	i := m.instances[got.GetId()]
+	return i != nil && i.routable() && i.claim.GetId() == got.GetClaim().GetId()
 }
 
 // begin puts a new allocation into the queue, if its Function may have another Instance.

@@ -149,6 +149,24 @@ func TestReleaseDiscardsWhatWouldFreeze(t *testing.T) {
 	})
 }
 
+// TestAnswerOfBeforeIsNotRepeated: an id is answered with its Instance as long as that is its own.
+func TestAnswerOfBeforeIsNotRepeated(t *testing.T) {
+	bubble(t, func(t *testing.T, n *fakeNode, m *running) {
+		m.apply("hello", nil)
+		first, err := m.allocate("hello", "same", time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Second)
+		m.Scale("hello", 0, "nothing to do")
+		time.Sleep(time.Second)
+		again, err := m.allocate("hello", "same", time.Minute)
+		if err != nil || n.in("hello", serves) != 1 || again.GetInstance().GetClaim().GetId() == first.GetInstance().GetClaim().GetId() {
+			t.Errorf("%d serve, answered %v, %v", n.in("hello", serves), again, err)
+		}
+	})
+}
+
 func TestFreezeThatFailsDiscards(t *testing.T) {
 	for _, when := range []string{"before", "after"} {
 		t.Run(when, func(t *testing.T) {
