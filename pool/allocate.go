@@ -326,7 +326,7 @@ func (m *Manager) activate(now time.Time, f *function, a *allocation, i *instanc
 	m.queue = slices.DeleteFunc(m.queue, func(other *allocation) bool { return other == a })
 	a.attempts++
 	a.claim = &hearthv1.Claim{Id: claimID(a.id, a.attempts), Epoch: m.epoch, Deadline: timestamppb.New(a.deadline)}
-	a.chosen, a.inst, i.by = now, i, a
+	a.chosen, a.inst, i.by, i.claimedIn = now, i, a, i.session
 	a.thaws = i.state == hearthv1.State_STATE_FROZEN
 	m.place(i)
 	n.began = now

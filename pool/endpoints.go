@@ -182,11 +182,11 @@ func (m *Manager) actUpon(version int64) bool {
 
 // publish sends an Endpoints event for each Function that changed.
 func (m *Manager) publish() {
-	for _, f := range m.functions {
-		if !f.dirty {
-			continue
+	for f := range m.changed {
+		delete(m.changed, f)
+		if m.functions[f.name] != f {
+			continue // its tombstone has been sent
 		}
-		f.dirty = false
 		m.version++
 		f.version = m.version
 		for i := range m.index.restless {

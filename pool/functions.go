@@ -45,7 +45,6 @@ func (f *function) adopt(r store.Record) {
 	if s.GetFrozen() == 0 {
 		f.scaling.frozen = defaultFrozen
 	}
-	f.dirty = true
 }
 
 // withoutSecrets is a spec as others may see it: the names of the secrets are there, what they are is not.
@@ -163,6 +162,8 @@ func (m *Manager) applied(now time.Time, f *function, r store.Record) {
 		}
 		f.adopt(r)
 	}
+	m.changed[f] = struct{}{}
+	m.attend(f)
 	for i := range m.index.functions[f.name] {
 		m.place(i)
 	}
@@ -225,6 +226,7 @@ func (m *Manager) delete(ctx context.Context, name string) error {
 
 func (m *Manager) deleteNow(now time.Time, f *function) {
 	f.deleting = true
+	m.attend(f)
 	m.log.Info("function deleted", "function", f.name)
 	for _, a := range m.allocations {
 		if a.function == f.name && !a.finished() && a.inst == nil {
@@ -243,11 +245,13 @@ func (m *Manager) of(name string) []*instance {
 
 // finishDeletions ends Functions of which nothing is left.
 func (m *Manager) finishDeletions() {
-	for name, f := range m.functions {
+	for f := range m.attended {
+		name := f.name
 		if !f.deleting || len(m.index.functions[name]) > 0 {
 			continue
 		}
 		delete(m.functions, name)
+		delete(m.attended, f)
 		f.old[f.revision.GetName()] = f.revision
 		m.version++
 		m.tombstones[name] = m.version
@@ -256,9 +260,19 @@ func (m *Manager) finishDeletions() {
 	}
 }
 
+// attend notes whether there is something to do for a Function even while nothing of it changes: a minimum to keep, a deletion to
+// end, Revisions to forget.
+func (m *Manager) attend(f *function) {
+	if f.deleting || f.scaling.min > 0 || len(f.old) > 0 {
+		m.attended[f] = struct{}{}
+		return
+	}
+	delete(m.attended, f)
+}
+
 // reserve begins Instances for Functions that have fewer than their minimum.
 func (m *Manager) reserve(now time.Time) {
-	for _, f := range m.functions {
+	for f := range m.attended {
 		if f.deleting || f.scaling.min == 0 {
 			continue
 		}

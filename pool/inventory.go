@@ -219,7 +219,7 @@ func (m *Manager) merge(now time.Time, i *instance, said *hearthv1.Instance) {
 	}
 	m.touch(i)
 	if f := m.functions[i.function]; f != nil && before >= hearthv1.State_STATE_SERVING {
-		f.dirty = true // gateways knew it
+		m.changed[f] = struct{}{} // gateways knew it
 	}
 }
 
@@ -306,6 +306,6 @@ func (m *Manager) expireInstances(now time.Time) {
 // touch asks for an Endpoints event because of an Instance, if gateways know or should know it.
 func (m *Manager) touch(i *instance) {
 	if f := m.functions[i.function]; f != nil && i.state >= hearthv1.State_STATE_SERVING {
-		f.dirty = true
+		m.changed[f] = struct{}{}
 	}
 }

@@ -110,6 +110,8 @@ type Manager struct {
 	version      int64     // of the last Endpoints event
 	nodes        map[string]*node
 	functions    map[string]*function
+	changed      map[*function]struct{} // that gateways have to hear of
+	attended     map[*function]struct{} // see attend
 	serials      map[string]int64
 	tombstones   map[string]int64 // versions of the events that deleted Functions
 	runtimes     map[string]*runtime
@@ -147,7 +149,7 @@ func New(c Config) (*Manager, error) {
 		config: c, log: c.Logger.With("epoch", epoch), epoch: epoch, wake: make(chan struct{}, 1),
 		// So that versions grow over restarts too.
 		version: epoch << 32,
-		nodes:   map[string]*node{}, functions: map[string]*function{}, serials: map[string]int64{},
+		nodes:   map[string]*node{}, functions: map[string]*function{}, changed: map[*function]struct{}{}, attended: map[*function]struct{}{}, serials: map[string]int64{},
 		tombstones: map[string]int64{}, runtimes: map[string]*runtime{}, instances: map[string]*instance{}, index: newIndex(),
 		allocations: map[string]*allocation{}, unfinished: map[string]map[*allocation]struct{}{},
 		subscribers: map[string]*subscriber{}, acknowledged: make(chan struct{}), news: make(chan struct{}),
@@ -176,6 +178,7 @@ func (m *Manager) load(r store.Record) {
 	f := newFunction(r)
 	f.version = m.version
 	m.functions[r.Name] = f
+	m.attend(f)
 }
 
 // Epoch is the number of this Manager's term.

@@ -82,9 +82,10 @@ func (m *Manager) answered(now time.Time, n *node, a *allocation, i *instance, r
 }
 
 // unknown marks an Instance of which nobody here knows whether the claim took effect. It is not chosen again before its node has
-// said what it is; if nothing comes of it, it ends a little after the claim's deadline.
+// said what it is; if nothing comes of it, it ends a little after the claim's deadline. If a stream that began after the claim has said
+// already that it is free, then nobody knows better: should the claim take effect all the same, the node refuses the next.
 func (m *Manager) unknown(a *allocation, i *instance, req *hearthv1.ActivateRequest) {
-	if i.state != hearthv1.State_STATE_FROZEN && i.state >= hearthv1.State_STATE_CLAIMED {
+	if i.session > i.claimedIn || i.state != hearthv1.State_STATE_FROZEN && i.state >= hearthv1.State_STATE_CLAIMED {
 		return
 	}
 	i.limbo, i.until = true, a.deadline.Add(outcomeSlack)

@@ -156,12 +156,13 @@ func (m *Manager) awaitPrepared(ctx context.Context, name string) error {
 
 // forgetOld lets nodes forget the Revisions that were replaced and have no Instances left.
 func (m *Manager) forgetOld() {
-	for _, f := range m.functions {
+	for f := range m.attended {
 		for name, revision := range f.old {
-			if m.revisionInUse(f.name, name) {
+			if f.deleting || m.revisionInUse(f.name, name) {
 				continue
 			}
 			delete(f.old, name)
+			m.attend(f)
 			m.do(func(ctx context.Context) {
 				// The image stays: the Revision that came after may be of the same.
 				if err := m.forgetOn(ctx, revision, false); err != nil {

@@ -27,8 +27,9 @@ type instance struct {
 	begun  time.Time
 	// freezing is true while our Freeze is under way.
 	freezing bool
-	// by is the allocation that an Activate is under way for.
-	by *allocation
+	// by is the allocation that an Activate is under way for, which began when session was claimedIn.
+	by        *allocation
+	claimedIn int
 	// refused: the node did not give it to us although it looked free. limbo: the outcome of a claim on it is unknown. Either ends
 	// with the node's next word, or at until.
 	refused, limbo bool
@@ -155,9 +156,8 @@ type function struct {
 	failures int
 	retry    time.Time
 	lastErr  string
-	// version of the last Endpoints event; dirty asks for another.
+	// version of the last Endpoints event; Manager.changed has those that need another.
 	version int64
-	dirty   bool
 	gone    chan struct{} // closed when a deletion is complete
 }
 
