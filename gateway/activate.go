@@ -20,51 +20,55 @@ const (
 	maxRetry = 5 * time.Second
 )
 
-// dispatcher collects the functions whose queues want looking at; one goroutine takes them and starts activations.
-type dispatcher struct {
+// inbox collects what wants looking at, each once; one goroutine takes it out and starts what has to be done.
+type inbox[T comparable] struct {
 	mu     sync.Mutex // guards due
-	due    map[*function]struct{}
+	due    map[T]struct{}
 	signal chan struct{} // holds one
 }
 
-func newDispatcher() *dispatcher {
-	return &dispatcher{due: map[*function]struct{}{}, signal: make(chan struct{}, 1)}
+func newInbox[T comparable]() *inbox[T] {
+	return &inbox[T]{due: map[T]struct{}{}, signal: make(chan struct{}, 1)}
 }
 
-func (d *dispatcher) wake(f *function) {
-	d.mu.Lock()
-	d.due[f] = struct{}{}
-	d.mu.Unlock()
-	select {
-	case d.signal <- struct{}{}:
-	default:
-	}
+func (b *inbox[T]) put(one T) {
+	b.mu.Lock()
+	b.due[one] = struct{}{}
+	b.mu.Unlock()
+	signal(b.signal)
 }
 
-func (d *dispatcher) take() map[*function]struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	due := d.due
-	d.due = map[*function]struct{}{}
+func (b *inbox[T]) take() map[T]struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	due := b.due
+	b.due = map[T]struct{}{}
 	return due
 }
 
-// run starts activations until ctx is done, then waits for those in flight, which end with ctx.
-func (d *dispatcher) run(ctx context.Context, activate func(context.Context, *function)) {
-	var activations sync.WaitGroup
-	defer activations.Wait()
+// run has handle start work with begin until ctx is done, then waits for what is under way, which ends with ctx.
+func (b *inbox[T]) run(ctx context.Context, handle func(one T, begin func(func()))) {
+	var work sync.WaitGroup
+	defer work.Wait()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-d.signal:
+		case <-b.signal:
 		}
-		for f := range d.take() {
-			for range f.begin(time.Now()) {
-				activations.Go(func() { activate(ctx, f) })
-			}
+		for one := range b.take() {
+			handle(one, work.Go)
 		}
 	}
+}
+
+// dispatch starts the activations that a function's queue needs.
+func (g *Gateway) dispatch(ctx context.Context) {
+	g.dispatcher.run(ctx, func(f *function, begin func(func())) {
+		for range f.begin(time.Now()) {
+			begin(func() { g.activate(ctx, f) })
+		}
+	})
 }
 
 // begin says how many activations the queue needs now, and counts them as in flight: one for as many waiters as an Instance
@@ -121,10 +125,10 @@ func (f *function) started(in *hearthv1.Instance, s *start) {
 	now := s.ended
 	f.starting--
 	f.failures, f.retryAt = 0, time.Time{}
-	if e := f.endpoint(in.GetId()); e != nil {
+	if e := f.endpoint(keyOf(in)); e != nil {
 		e.explain(s)
-	} else if !f.deleted && !f.gone.has(in.GetId()) {
-		e = newEndpoint(in.GetId(), in.GetAddress(), f.config)
+	} else if !f.deleted && !f.gone.has(keyOf(in)) {
+		e = newEndpoint(in, f.config)
 		e.explain(s)
 		e.trustUntil = now.Add(trustTime)
 		f.endpoints = append(f.endpoints, e)

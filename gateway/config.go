@@ -37,6 +37,8 @@ type Pool interface {
 	Watch(ctx context.Context, subscriber string, event func(*hearthv1.WatchResponse)) error
 	// Report delivers measured load.
 	Report(ctx context.Context, req *hearthv1.ReportRequest) error
+	// Release gives back an Instance that is not well: it is drained, discarded and replaced.
+	Release(ctx context.Context, req *hearthv1.ReleaseRequest) error
 }
 
 // Config says what a Gateway works with. Pool and Name must be set; every zero value has a default.

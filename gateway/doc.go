@@ -7,7 +7,8 @@
 // Instances that serve goes on without it.
 //
 // How it is made: table holds what is known of all Functions; function is the admission of one Function (endpoints, their
-// requests in flight, the queue) behind one mutex; dispatcher turns a queue into Allocate calls; exchange is one request.
+// requests in flight, the queue) behind one mutex; dispatch turns a queue into Allocate calls; exchange is one request;
+// health is about Instances that fail, which are put out of rotation and given back.
 //
 // The status codes that are the gateway's own, each with a JSON body {error, reason, next_step}:
 //

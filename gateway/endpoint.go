@@ -8,28 +8,30 @@ import (
 	"net/http"
 	"strings"
 	"time"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
 
 const (
 	// trustTime is how long an Instance that an Allocate reply named is believed in against Watch events that leave it out:
 	// they may have been made before it served.
-	trustTime = time.Second
-	// strikesAllowed: one dial time-out says little, and must not put away the only endpoint there is.
-	strikesAllowed = 3
-	minDownTime    = time.Second
-	maxDownTime    = 30 * time.Second
+	trustTime   = time.Second
+	minDownTime = time.Second
+	maxDownTime = 30 * time.Second
 	// idleUpstream is shorter than what servers commonly keep idle connections for (gunicorn 2 s, node 5 s), so that the
 	// server does not close one just as a request goes out on it. A new one to an Instance costs a tenth of a millisecond.
 	idleUpstream    = 1500 * time.Millisecond
 	maxIdleUpstream = 256
 )
 
-// endpoint is one Instance that serves a Function. Fields after the blank line are guarded by the function's mutex.
+// endpoint is one Instance that serves a Function, under one claim: one that was frozen and is thawed comes back under another, and is
+// another endpoint. Fields after the blank line are guarded by the function's mutex.
 type endpoint struct {
-	id, address string
-	plain       *http.Transport // HTTP/1.1, with a pool of connections that is this Instance's alone
-	grpc        *http.Transport // h2c
-	known       chan struct{}   // closed when start is set
+	id, claim string
+	address   string
+	plain     *http.Transport // HTTP/1.1, with a pool of connections that is this Instance's alone
+	grpc      *http.Transport // h2c
+	known     chan struct{}   // closed when start is set
 
 	inFlight   int
 	draining   bool // gets no new requests
@@ -38,7 +40,7 @@ type endpoint struct {
 	trustUntil time.Time
 	strikes    int
 	downs      int
-	downUntil  time.Time // no requests until then: connecting to it failed
+	downUntil  time.Time // no requests until then: it failed
 	start      *start    // what an Allocate reply said of its start; nil when a Watch event brought it
 }
 
@@ -49,8 +51,13 @@ type start struct {
 	phases []Phase // offsets from begun
 }
 
-func newEndpoint(id, address string, c *Config) *endpoint {
-	e := &endpoint{id: id, address: address, known: make(chan struct{})}
+// keyOf names an Instance under its claim.
+func keyOf(in *hearthv1.Instance) string { return in.GetId() + " " + in.GetClaim().GetId() }
+
+func (e *endpoint) key() string { return e.id + " " + e.claim }
+
+func newEndpoint(in *hearthv1.Instance, c *Config) *endpoint {
+	e := &endpoint{id: in.GetId(), claim: in.GetClaim().GetId(), address: in.GetAddress(), known: make(chan struct{})}
 	dial := e.dialer(c)
 	e.plain = &http.Transport{
 		DialContext: dial, DisableCompression: true,
@@ -126,19 +133,6 @@ func (e *endpoint) before(other *endpoint) bool {
 		return other.suspect()
 	}
 	return e.inFlight < other.inFlight
-}
-
-// failed notes that connecting did not work, and says whether the endpoint is put away because of it.
-func (e *endpoint) failed(now time.Time, timeout bool) bool {
-	if timeout {
-		if e.strikes++; e.strikes < strikesAllowed {
-			return false
-		}
-	}
-	e.strikes = 0
-	e.downUntil = now.Add(min(minDownTime<<min(e.downs, 10), maxDownTime))
-	e.downs++
-	return true
 }
 
 // explain sets how the endpoint was started, once.

@@ -24,11 +24,11 @@ func (f *function) apply(event *hearthv1.Endpoints, now time.Time) bool {
 	}
 	listed := make(map[string]bool, len(event.GetInstances()))
 	for _, in := range event.GetInstances() {
-		listed[in.GetId()] = true
+		listed[keyOf(in)] = true
 		f.see(in)
 	}
 	for _, e := range f.endpoints {
-		e.omitted = !listed[e.id]
+		e.omitted = !listed[e.key()]
 	}
 	f.sweep(now)
 	f.pump(now)
@@ -41,19 +41,19 @@ func (f *function) apply(event *hearthv1.Endpoints, now time.Time) bool {
 // see takes in one Instance of an event. An event's word counts more than gone, which is about replies.
 func (f *function) see(in *hearthv1.Instance) {
 	serving := in.GetState() == hearthv1.State_STATE_SERVING
-	e := f.endpoint(in.GetId())
+	e := f.endpoint(keyOf(in))
 	if e == nil && serving && validAddress(in.GetAddress()) {
-		e = newEndpoint(in.GetId(), in.GetAddress(), f.config)
+		e = newEndpoint(in, f.config)
 		f.endpoints = append(f.endpoints, e)
 	}
 	if !serving {
-		f.gone.add(in.GetId())
+		f.gone.add(keyOf(in))
 	}
 	if e == nil {
 		return
 	}
 	e.confirmed = true
-	if !serving { // never back: a draining Instance ends
+	if !serving { // never back: a draining Instance ends, or comes back under another claim
 		e.draining = true
 	}
 }
@@ -105,7 +105,7 @@ func (f *function) load(now time.Time) (*hearthv1.Load, sample, bool) {
 	}
 	for _, e := range f.endpoints {
 		if e.inFlight > 0 {
-			l.InFlight[e.id] = int32(e.inFlight)
+			l.InFlight[e.id] += int32(e.inFlight)
 		}
 	}
 	busy := s.area > 0 || s.requests > 0 || f.meter.current > 0

@@ -37,6 +37,7 @@ type exchange struct {
 	lease    lease
 	held     int64 // bytes taken from gateway.bodies
 	body     *requestBody
+	broke    int       // connections that broke before an answer
 	status   int       // answered; until then what a panic makes of it
 	granted  time.Time // the first slot
 	sent     time.Time // to the Instance that answered
@@ -140,14 +141,16 @@ func (x *exchange) hold(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// RoundTrip sends the request to the Instance that it has a slot of. When nothing could be sent, it goes on to another one.
+// RoundTrip sends the request to the Instance that it has a slot of. When nothing could be sent, or it may be sent again, it goes on
+// to another one.
 func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.Body != nil {
 		x.body = &requestBody{ReadCloser: r.Body}
 	}
 	for attempts := 0; ; {
 		e := x.lease.endpoint
-		out := r.WithContext(r.Context())
+		try := &attempt{}
+		out := r.WithContext(try.trace(r.Context()))
 		target := *r.URL
 		target.Host = e.address
 		out.URL = &target
@@ -159,15 +162,19 @@ func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
 		if err == nil {
 			return x.firstByte(res)
 		}
-		var dial *dialError
-		if !errors.As(err, &dial) || r.Context().Err() != nil {
+		how := x.blame(r.Context(), try, err)
+		more := r.Context().Err() == nil && x.again(try, idempotent(r), err)
+		if how == none && !more {
 			return nil, err
 		}
-		putAway, suspect := x.function.dialFailed(x.lease, dial.timeout(), time.Now())
-		if putAway {
-			x.gateway.config.Logger.Warn("endpoint put away", "function", x.function.name, "instance", e.id, "address", e.address, "err", err)
+		suspect := x.complain(how, err)
+		switch {
+		case r.Context().Err() != nil:
+			return nil, err
+		case !more:
+			return nil, broken(x.function.name, e.id, err)
 		}
-		x.lease = lease{}
+		x.gateway.metrics.retries.Inc()
 		if !suspect { // each failure of a suspect puts it away for longer: they bound themselves
 			attempts++
 		}
@@ -178,6 +185,34 @@ func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 	}
+}
+
+// complain gives the slot back of an Instance that failed, and has it looked at.
+func (x *exchange) complain(how failure, err error) (suspect bool) {
+	l, g := x.lease, x.gateway
+	x.lease = lease{}
+	if how == none {
+		x.function.done(l, time.Now())
+		return false
+	}
+	putAway, suspect, condemned := x.function.failed(l, how, time.Now())
+	g.metrics.failures.WithLabelValues(how.String()).Inc()
+	if putAway {
+		g.config.Logger.Warn("endpoint put away", "function", x.function.name, "instance", l.endpoint.id, "address", l.endpoint.address, "failure", how, "err", err)
+	}
+	if putAway || condemned {
+		g.infirmary.put(patient{x.function, l.endpoint, how, condemned})
+	}
+	return suspect
+}
+
+// idempotent says whether a request may run twice, by its method's definition (RFC 9110, 9.2.2) or its client's word.
+func idempotent(r *http.Request) bool {
+	switch r.Method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
+		return true
+	}
+	return r.Header.Get("Idempotency-Key") != ""
 }
 
 func (x *exchange) readmit(ctx context.Context, avoid *endpoint) error {

@@ -120,16 +120,30 @@ func (x *exchange) phases() []Phase {
 type requestBody struct {
 	io.ReadCloser
 	begun  atomic.Bool
+	ended  atomic.Pointer[time.Time] // when all of it had been read
 	failed atomic.Pointer[error]
 }
 
 func (b *requestBody) Read(p []byte) (int, error) {
 	b.begun.Store(true)
 	n, err := b.ReadCloser.Read(p)
-	if err != nil && err != io.EOF {
+	switch {
+	case err == io.EOF:
+		now := time.Now()
+		b.ended.CompareAndSwap(nil, &now)
+	case err != nil:
 		b.failed.Store(&err)
 	}
 	return n, err
+}
+
+// endedBy says whether all of the body had been read at a time; one that there is not had been.
+func (b *requestBody) endedBy(t time.Time) bool {
+	if b == nil {
+		return true
+	}
+	ended := b.ended.Load()
+	return ended != nil && ended.Before(t)
 }
 
 func (b *requestBody) Close() error {

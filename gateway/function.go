@@ -36,6 +36,7 @@ type function struct {
 	reported  bool // the last report had load
 	urgent    bool // the first request of an idle time is not yet reported
 	retired   []*endpoint
+	releaseAt time.Time // no Instance is given back as unhealthy before
 }
 
 // waiter is one request in the queue. Its fields are set under the function's mutex before ready is closed.
@@ -47,7 +48,7 @@ type waiter struct {
 	err   error
 }
 
-// lease is one slot of one endpoint. Whoever has it gives it back with done or dialFailed, once.
+// lease is one slot of one endpoint. Whoever has it gives it back with done or failed, once.
 type lease struct {
 	endpoint *endpoint
 	waited   bool // it came through the queue
@@ -152,19 +153,22 @@ func (f *function) done(l lease, now time.Time) {
 	f.free(l.endpoint, now)
 }
 
-// dialFailed gives a slot back on which nothing could be sent. It says whether the endpoint is put away, and whether it had
-// been before, so that this was no surprise.
-func (f *function) dialFailed(l lease, timeout bool, now time.Time) (putAway, suspect bool) {
+// failed gives a slot back whose Instance failed. It says whether the endpoint is out of rotation, whether it had been before, so that
+// this was no surprise, and whether that was its last chance.
+func (f *function) failed(l lease, how failure, now time.Time) (putAway, suspect, condemned bool) {
 	f.mu.Lock()
 	defer f.unlock()
 	e := l.endpoint
 	suspect = e.suspect()
-	putAway = e.failed(now, timeout)
-	if putAway && !e.confirmed { // all that spoke for it is one reply; should poolmanager still name it, an event will
+	putAway = e.failed(now, how, f.lives(now) <= 1)
+	if condemned = e.strikes >= strikesAllowed; condemned {
+		e.strikes = 0
+	}
+	if putAway && how != reset && !e.confirmed { // all that spoke for it is one reply; should poolmanager still name it, an event will
 		e.omitted, e.trustUntil = true, time.Time{}
 	}
 	f.free(e, now)
-	return putAway, suspect
+	return putAway, suspect, condemned
 }
 
 // answered notes that an endpoint's Instance is well.
@@ -271,7 +275,7 @@ func (f *function) sweep(now time.Time) {
 	kept := f.endpoints[:0]
 	for _, e := range f.endpoints {
 		if e.inFlight == 0 && (e.distrusted(now) || f.deleted) {
-			f.gone.add(e.id)
+			f.gone.add(e.key())
 			f.retired = append(f.retired, e)
 			continue
 		}
@@ -281,9 +285,9 @@ func (f *function) sweep(now time.Time) {
 	f.endpoints = kept
 }
 
-func (f *function) endpoint(id string) *endpoint {
+func (f *function) endpoint(key string) *endpoint {
 	for _, e := range f.endpoints {
-		if e.id == id {
+		if e.id+" "+e.claim == key {
 			return e
 		}
 	}

@@ -21,7 +21,8 @@ type Gateway struct {
 	metrics    *metrics
 	strangers  *functionMetrics // requests that lead to no Function
 	table      *table
-	dispatcher *dispatcher
+	dispatcher *inbox[*function] // whose queues want looking at
+	infirmary  *inbox[patient]
 	urgent     chan struct{}       // holds one: the reporter has load to send at once
 	news       chan struct{}       // holds one: the reporter has something to acknowledge at once
 	bodies     *semaphore.Weighted // bytes of bodies that are held while their requests wait
@@ -41,11 +42,11 @@ func New(c Config) (*Gateway, error) {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)
 	}
 	g := &Gateway{
-		config: c, metrics: m, strangers: m.function(""), dispatcher: newDispatcher(), urgent: make(chan struct{}, 1), news: make(chan struct{}, 1),
+		config: c, metrics: m, strangers: m.function(""), dispatcher: newInbox[*function](), infirmary: newInbox[patient](), urgent: make(chan struct{}, 1), news: make(chan struct{}, 1),
 		bodies: semaphore.NewWeighted(maxHeldBytes), buffers: newBufferPool(),
 		errorLog: slog.NewLogLogger(c.Logger.Handler(), slog.LevelDebug),
 	}
-	g.table = newTable(&g.config, m, g.dispatcher.wake, g.hurry, g.tell)
+	g.table = newTable(&g.config, m, g.dispatcher.put, g.hurry, g.tell)
 	return g, nil
 }
 
@@ -61,7 +62,10 @@ func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
 	var workers sync.WaitGroup
 	workers.Go(func() { g.watch(work) })
 	workers.Go(func() { g.report(work) })
-	workers.Go(func() { g.dispatcher.run(work, g.activate) })
+	workers.Go(func() { g.dispatch(work) })
+	workers.Go(func() {
+		g.infirmary.run(work, func(p patient, begin func(func())) { begin(func() { g.examine(work, p) }) })
+	})
 	err := g.serve(ctx, l)
 	stop()
 	workers.Wait()

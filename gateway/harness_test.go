@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -32,6 +33,7 @@ type fakePool struct {
 	down      bool
 	changed   chan struct{} // closed and replaced at each report
 
+	released  []string
 	allocate  func(ctx context.Context, req *hearthv1.AllocateRequest) (*hearthv1.AllocateResponse, error)
 	allocates atomic.Int64
 }
@@ -89,6 +91,23 @@ func (p *fakePool) Report(_ context.Context, req *hearthv1.ReportRequest) error 
 	close(p.changed)
 	p.changed = make(chan struct{})
 	return nil
+}
+
+func (p *fakePool) Release(_ context.Context, req *hearthv1.ReleaseRequest) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.down {
+		return errDown
+	}
+	p.released = append(p.released, req.GetInstanceId())
+	return nil
+}
+
+// gaveBack lists the Instances that were released.
+func (p *fakePool) gaveBack() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.released)
 }
 
 func endpointsEvent(e *hearthv1.Endpoints) *hearthv1.WatchResponse {

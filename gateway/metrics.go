@@ -19,6 +19,9 @@ type metrics struct {
 	activations *prometheus.HistogramVec
 	inFlight    *prometheus.GaugeVec
 	connected   prometheus.Gauge
+	failures    *prometheus.CounterVec
+	releases    *prometheus.CounterVec
+	retries     prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -36,9 +39,15 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Name: "hearth_gateway_in_flight", Help: "Requests here now, in the queue or at an instance."}, []string{"function"}),
 		connected: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "hearth_gateway_pool_connected", Help: "1 while poolmanager's events come in, 0 while the last known ones are used."}),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_gateway_instance_failures_total", Help: "Requests that an instance failed without an answer: refused, reset, late."}, []string{"failure"}),
+		releases: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "hearth_gateway_instances_released_total", Help: "Instances given back as unhealthy, by their last failure."}, []string{"failure"}),
+		retries: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "hearth_gateway_retries_total", Help: "Requests that went to another instance because the first one failed."}),
 	}
 	var errs []error
-	for _, c := range []prometheus.Collector{m.requests, m.duration, m.queue, m.activations, m.inFlight, m.connected} {
+	for _, c := range []prometheus.Collector{m.requests, m.duration, m.queue, m.activations, m.inFlight, m.connected, m.failures, m.releases, m.retries} {
 		errs = append(errs, r.Register(c))
 	}
 	return m, errors.Join(errs...)

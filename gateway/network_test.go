@@ -57,6 +57,23 @@ func (n *pipes) listen() net.Listener {
 	return l
 }
 
+// hide makes connections to an address be refused, until its listener is shown again.
+func (n *pipes) hide(address string) *pipeListener {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	l := n.listeners[address]
+	closed := &pipeListener{pipes: n, addr: l.addr, conns: make(chan net.Conn), done: make(chan struct{})}
+	close(closed.done)
+	n.listeners[address] = closed
+	return l
+}
+
+func (n *pipes) show(address string, l *pipeListener) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.listeners[address] = l
+}
+
 func (n *pipes) dial(ctx context.Context, _, address string) (net.Conn, error) {
 	n.mu.Lock()
 	l := n.listeners[address]

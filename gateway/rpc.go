@@ -61,3 +61,11 @@ func (r *Remote) Report(ctx context.Context, req *hearthv1.ReportRequest) error 
 	}
 	return nil
 }
+
+// Release gives an Instance back.
+func (r *Remote) Release(ctx context.Context, req *hearthv1.ReleaseRequest) error {
+	if _, err := r.allocation.Release(ctx, connect.NewRequest(req)); err != nil {
+		return fmt.Errorf("release instance %s: %w", req.GetInstanceId(), err)
+	}
+	return nil
+}

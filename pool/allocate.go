@@ -22,8 +22,6 @@ const (
 	maxIDBytes      = 128
 	// remember is how long a finished allocation answers to its id.
 	remember = 2 * time.Minute
-	// claimsPerNode may be under way at once; one Function may have three quarters of them.
-	claimsPerNode = 16
 	// retryFirst and retryMost shape the attempts of one allocation; the first two follow at once.
 	retryFirst = 50 * time.Millisecond
 	retryMost  = time.Second
@@ -56,12 +54,12 @@ func (m *Manager) allocate(ctx context.Context, name, id string, deadline time.T
 	defer m.mu.Unlock()
 	a.callers--
 	if a.finished() {
+		m.forgetFailed(a)
 		return a.response, a.err
 	}
 	if a.callers == 0 && a.inst == nil && !a.internal {
 		now := time.Now()
 		m.finish(now, a, nil, connect.NewError(connect.CodeCanceled, errors.New("the caller went away")))
-		delete(m.allocations, a.id)
 		m.step(now)
 	}
 	return nil, connect.NewError(codeOf(ctx), fmt.Errorf("wait for an instance of %s: %w", name, ctx.Err()))
@@ -83,6 +81,9 @@ func (m *Manager) join(name, id string, deadline time.Time) (*allocation, error)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if a := m.allocations[id]; a != nil && !m.stillGood(a) {
+		delete(m.allocations, id)
+	}
 	if a := m.allocations[id]; a != nil {
 		if a.function != name {
 			return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("id: %q is an allocation of function %s", id, a.function))
@@ -99,6 +100,16 @@ func (m *Manager) join(name, id string, deadline time.Time) (*allocation, error)
 	a.callers++
 	m.step(now)
 	return a, nil
+}
+
+// stillGood says whether an allocation's answer holds: its Instance may have been given up since, and be frozen or another claim's.
+func (m *Manager) stillGood(a *allocation) bool {
+	if a.response == nil {
+		return true
+	}
+	got := a.response.GetInstance()
+	i := m.instances[got.GetId()]
+	return i != nil && i.routable() && i.claim.GetId() == got.GetClaim().GetId()
 }
 
 // begin puts a new allocation into the queue, if its Function may have another Instance.
@@ -122,22 +133,31 @@ func (m *Manager) begin(now time.Time, name, id string, deadline time.Time) (*al
 	a := &allocation{id: id, function: name, begun: now, deadline: deadline, done: make(chan struct{})}
 	if i := m.earlier(f, id); i != nil {
 		// Made before a restart of ours; its answer was lost.
-		m.allocations[id] = a
+		m.enter(a)
 		m.succeed(now, a, i, nil)
 		return a, nil
 	}
 	if err := f.mayStart(now, m.count(f)); err != nil {
 		return nil, err
 	}
-	m.allocations[id] = a
+	m.enter(a)
 	m.queue = append(m.queue, a)
 	return a, nil
 }
 
+// enter takes in an allocation that is not finished.
+func (m *Manager) enter(a *allocation) {
+	m.allocations[a.id] = a
+	if m.unfinished[a.function] == nil {
+		m.unfinished[a.function] = map[*allocation]struct{}{}
+	}
+	m.unfinished[a.function][a] = struct{}{}
+}
+
 // earlier finds the Instance that an allocation of an earlier term got.
 func (m *Manager) earlier(f *function, id string) *instance {
-	for _, i := range m.instances {
-		if i.function == f.name && i.routable() && allocationOf(i.claim) == id {
+	for i := range m.index.functions[f.name] {
+		if i.routable() && allocationOf(i.claim) == id {
 			return i
 		}
 	}
@@ -178,28 +198,21 @@ func (f *function) resting(now time.Time) error {
 	return later(now, f.retry, fmt.Errorf("function %s failed to start %d times in a row and rests: %s", f.name, f.failures, f.lastErr))
 }
 
-// count of a Function's Instances of its present Revision; what is leaving does not count.
-type count struct{ ready, starting, inFlight int }
+// count of a Function's Instances of its present Revision; what is leaving or frozen does not count.
+type count struct{ ready, starting int }
 
 func (m *Manager) count(f *function) count {
 	var c count
-	for _, i := range m.instances {
+	for i := range m.index.functions[f.name] {
 		switch {
-		case i.function != f.name || i.by != nil || i.revision != f.revision.GetName():
+		case i.by != nil || i.revision != f.revision.GetName():
 		case i.routable():
 			c.ready++
 		case i.pending() && !m.queued(i.claim):
 			c.starting++
 		}
 	}
-	for _, a := range m.allocations {
-		if a.function == f.name && !a.finished() {
-			c.starting++
-			if a.inst != nil {
-				c.inFlight++
-			}
-		}
-	}
+	c.starting += len(m.unfinished[f.name])
 	return c
 }
 
@@ -224,60 +237,82 @@ func (m *Manager) eligible(now time.Time) []*allocation {
 
 // dispatch gives Instances to those who wait, in a fair order.
 func (m *Manager) dispatch(now time.Time) {
-	limit := claimsPerNode * m.upNodes()
-	for len(m.queue) > 0 {
-		waiting := m.eligible(now)
-		turns, total := m.turns(waiting)
-		if total >= limit {
-			return
-		}
-		next := fairest(turns, limit*3/4)
+	if len(m.queue) == 0 {
+		return
+	}
+	limit := m.config.ClaimsPerNode * m.upNodes()
+	turns, total := m.turns(now)
+	for total < limit {
+		next := fairest(turns, max(1, limit*3/4))
 		if next < 0 {
 			return
 		}
-		f := m.functions[turns[next].function]
-		i := m.pick(f)
+		t := &turns[next]
+		i := m.pick(m.functions[t.function])
 		if i == nil {
-			return
+			turns = slices.Delete(turns, next, next+1) // others may take what this one cannot
+			continue
 		}
-		first := slices.IndexFunc(waiting, func(a *allocation) bool { return a.function == f.name })
-		m.activate(now, f, waiting[first], i)
+		m.activate(now, m.functions[t.function], t.queue[0], i)
+		total++
+		t.inFlight++
+		if t.queue = t.queue[1:]; len(t.queue) == 0 {
+			turns = slices.Delete(turns, next, next+1)
+			continue
+		}
+		t.waiting = t.queue[0].begun
 	}
 }
 
 // turns lists the Functions that wait, and counts all claims under way.
-func (m *Manager) turns(waiting []*allocation) (turns []turn, total int) {
+func (m *Manager) turns(now time.Time) (turns []turn, total int) {
 	inFlight := map[string]int{}
-	for _, i := range m.instances {
+	for i := range m.index.restless {
 		if i.by != nil {
 			inFlight[i.by.function]++
 			total++
 		}
 	}
-	seen := map[string]bool{}
-	for _, a := range waiting {
-		if !seen[a.function] {
-			seen[a.function] = true
+	at := map[string]int{}
+	for _, a := range m.eligible(now) {
+		n, ok := at[a.function]
+		if !ok {
+			n = len(turns)
+			at[a.function] = n
 			turns = append(turns, turn{function: a.function, inFlight: inFlight[a.function], waiting: a.begun})
 		}
+		turns[n].queue = append(turns[n].queue, a)
 	}
 	return turns, total
 }
 
-// pick chooses an Instance for a Function, or none.
+// pick chooses an Instance for a Function, or none: one that is frozen with its Revision, a booted one of its Runtime, a sandbox. A
+// sandbox can become anything, but an image is never put into a booted Runtime.
 func (m *Manager) pick(f *function) *instance {
-	spares := map[string]int{}
 	var all []*instance
-	for _, i := range m.instances {
-		if n := m.nodes[i.node]; i.spare() && !i.refused && n.synced {
-			spares[i.node]++
+	var candidates []candidate
+	add := func(s set, degree hearthv1.Degree) {
+		for i := range s {
+			n := m.nodes[i.node]
+			if i.refused || !n.synced {
+				continue
+			}
 			all = append(all, i)
+			candidates = append(candidates, candidate{id: i.id, degree: degree, spares: len(s), created: i.created, image: n.has(f.revision.GetName())})
 		}
 	}
-	candidates := make([]candidate, 0, len(all))
-	for _, i := range all {
-		candidates = append(candidates, candidate{id: i.id, degree: i.degree, spares: spares[i.node], created: i.created,
-			image: m.nodes[i.node].has(f.revision.GetName())})
+	if frozen := m.frozenOf(f); len(frozen) > 0 {
+		add(frozen, hearthv1.Degree_DEGREE_REVISION)
+	}
+	if own := m.kindFor(f.name); len(all) == 0 && own.runtime != "" {
+		for _, n := range m.nodes {
+			add(m.index.spare[place{n.name, own}], hearthv1.Degree_DEGREE_RUNTIME)
+		}
+	}
+	if len(all) == 0 {
+		for _, n := range m.nodes {
+			add(m.index.spare[place{n.name, kind{}}], hearthv1.Degree_DEGREE_SANDBOX)
+		}
 	}
 	if best := choose(candidates); best >= 0 {
 		return all[best]
@@ -291,9 +326,11 @@ func (m *Manager) activate(now time.Time, f *function, a *allocation, i *instanc
 	m.queue = slices.DeleteFunc(m.queue, func(other *allocation) bool { return other == a })
 	a.attempts++
 	a.claim = &hearthv1.Claim{Id: claimID(a.id, a.attempts), Epoch: m.epoch, Deadline: timestamppb.New(a.deadline)}
-	a.chosen, a.inst, i.by = now, i, a
+	a.chosen, a.inst, i.by, i.claimedIn = now, i, a, i.session
+	a.thaws = i.state == hearthv1.State_STATE_FROZEN
+	m.place(i)
 	n.began = now
-	req := &hearthv1.ActivateRequest{InstanceId: i.id, Claim: a.claim, Revision: f.revision}
+	req := &hearthv1.ActivateRequest{InstanceId: i.id, Claim: a.claim, Revision: m.complete(f)}
 	m.do(func(ctx context.Context) {
 		ctx, cancel := context.WithDeadline(ctx, a.deadline.Add(outcomeSlack))
 		defer cancel()

@@ -19,6 +19,7 @@ const (
 	warm    = hearthv1.State_STATE_WARM
 	serves  = hearthv1.State_STATE_SERVING
 	claimed = hearthv1.State_STATE_CLAIMED
+	frozen  = hearthv1.State_STATE_FROZEN
 )
 
 func one(n *fakeNode) pool.Config {
@@ -278,6 +279,39 @@ func TestRetryOnAnotherInstance(t *testing.T) {
 	}
 }
 
+// TestNodeSaysWhatIsFreeBeforeTheClaimFails: its restart is faster than the error of the call that it broke.
+func TestNodeSaysWhatIsFreeBeforeTheClaimFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNode(t, "node")
+		c := one(n)
+		c.PoolSize = 1
+		m := start(t, c)
+		defer m.stop()
+		time.Sleep(time.Second)
+		m.apply("hello", nil)
+		failures := 1
+		n.on(func() {
+			n.before = func(call, _ string) error {
+				if call != "activate" || failures == 0 {
+					return nil
+				}
+				failures--
+				n.sleep(time.Second)
+				return errLost
+			}
+		})
+		time.AfterFunc(500*time.Millisecond, func() { n.on(n.cut) })
+		m.must("hello")
+		time.Sleep(2 * time.Minute)
+		serving := n.in("hello", serves)
+		n.on(func() {
+			if serving != 1 || len(n.discards) != 0 {
+				t.Errorf("%d serve, discarded %v", serving, n.discards)
+			}
+		})
+	})
+}
+
 func TestLostAnswerIsFoundByTheStream(t *testing.T) {
 	bubble(t, func(t *testing.T, n *fakeNode, m *running) {
 		m.apply("hello", nil)
@@ -297,7 +331,13 @@ func TestLostAnswerIsFoundByTheStream(t *testing.T) {
 }
 
 func TestBurstDoesNotStarveOthers(t *testing.T) {
-	bubble(t, func(t *testing.T, n *fakeNode, m *running) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNode(t, "node")
+		c := one(n)
+		c.ClaimsPerNode = 16
+		m := start(t, c)
+		defer m.stop()
+		time.Sleep(2 * time.Second)
 		n.on(func() { n.activateTime = time.Second })
 		m.apply("burst", nil)
 		m.apply("quiet", nil)

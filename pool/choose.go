@@ -17,8 +17,7 @@ type candidate struct {
 	created time.Time
 }
 
-// warmth orders candidates: a sandbox with the image beats a booted Runtime without it only if the degrees are equal, because a
-// Runtime's Instance can serve an image only of that Runtime and has it on the node anyway.
+// warmth orders candidates: by degree, and among equals those on whose node the Revision's image or code is come first.
 func (c candidate) warmth() int {
 	w := 2 * int(c.degree)
 	if c.image {
@@ -47,6 +46,7 @@ type turn struct {
 	function string
 	inFlight int       // claims of it under way
 	waiting  time.Time // since when its first allocation waits
+	queue    []*allocation
 }
 
 // fairest returns the index of the Function whose turn it is, or -1 if all have as many claims under way as they may. The Function

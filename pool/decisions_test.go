@@ -37,9 +37,9 @@ func TestFairest(t *testing.T) {
 		want  int
 	}{
 		{"nobody", nil, -1},
-		{"fewest claims", []turn{{"a", 2, t0}, {"b", 1, t0.Add(1)}}, 1},
-		{"longest wait", []turn{{"a", 1, t0.Add(1)}, {"b", 1, t0}}, 1},
-		{"at its limit", []turn{{"a", 4, t0}}, -1},
+		{"fewest claims", []turn{{function: "a", inFlight: 2, waiting: t0}, {function: "b", inFlight: 1, waiting: t0.Add(1)}}, 1},
+		{"longest wait", []turn{{function: "a", inFlight: 1, waiting: t0.Add(1)}, {function: "b", inFlight: 1, waiting: t0}}, 1},
+		{"at its limit", []turn{{function: "a", inFlight: 4, waiting: t0}}, -1},
 	} {
 		if got := fairest(c.turns, 4); got != c.want {
 			t.Errorf("%s: %d, want %d", c.name, got, c.want)
@@ -48,27 +48,42 @@ func TestFairest(t *testing.T) {
 }
 
 func TestRefill(t *testing.T) {
+	python := kind{"python", 1}
+	of := func(s ...shelf) stock { return stock{shelves: s} }
+	plan := func(n ...int) refillPlan { return refillPlan{make: n} }
 	for _, c := range []struct {
-		name   string
-		demand int
-		s      stock
-		want   refillPlan
+		name string
+		s    stock
+		want refillPlan
 	}{
-		{"empty", 0, stock{}, refillPlan{make: 1}},
-		{"one at a time", 0, stock{making: 1}, refillPlan{}},
-		{"what is made counts", 0, stock{warm: 2, making: 1}, refillPlan{}},
-		{"full", 0, stock{warm: 3}, refillPlan{}},
-		{"some more may stay", 0, stock{warm: 6}, refillPlan{}},
-		{"too many", 0, stock{warm: 7}, refillPlan{surplus: 4}},
-		{"demand comes in parallel", 9, stock{}, refillPlan{make: demandParallel}},
-		{"demand that is being made", 2, stock{making: 2}, refillPlan{}},
-		{"demand does not wait for claims", 1, stock{activating: 3, began: t0}, refillPlan{make: 1}},
-		{"below claims", 0, stock{activating: 1, began: t0}, refillPlan{again: t0.Add(patience)}},
-		{"a claim that takes long", 0, stock{activating: 1, began: t0.Add(-patience)}, refillPlan{make: 1}},
-		{"the first request has the node", 0, stock{ended: t0}, refillPlan{again: t0.Add(settle)}},
-		{"backs off", 5, stock{retry: t0.Add(time.Second)}, refillPlan{again: t0.Add(time.Second)}},
+		{"empty", of(shelf{size: 3}), plan(1)},
+		{"one at a time", of(shelf{size: 3, making: 1}), plan(0)},
+		{"what is made counts", of(shelf{size: 3, warm: 2, making: 1}), plan(0)},
+		{"full", of(shelf{size: 3, warm: 3}), plan(0)},
+		{"some more may stay", of(shelf{size: 3, warm: 6}), plan(0)},
+		{"too many", of(shelf{size: 3, warm: 7}), refillPlan{make: []int{0}, surplus: []int{4}}},
+		{"none is wanted any more", of(shelf{kind: python, warm: 1}), refillPlan{make: []int{0}, surplus: []int{1}}},
+		{"demand comes in parallel", of(shelf{size: 3, demand: 9}), plan(demandParallel)},
+		{"demand that is being made", of(shelf{size: 3, demand: 2, making: 2}), plan(0)},
+		{"demand does not wait for claims", stock{shelves: []shelf{{size: 3, demand: 1}}, activating: 3, began: t0}, plan(1)},
+		{"below claims", stock{shelves: []shelf{{size: 3}}, activating: 1, began: t0}, refillPlan{make: []int{0}, again: t0.Add(patience)}},
+		{"a claim that takes long", stock{shelves: []shelf{{size: 3}}, activating: 1, began: t0.Add(-patience)}, plan(1)},
+		{"the first request has the node", stock{shelves: []shelf{{size: 3}}, ended: t0}, refillPlan{make: []int{0}, again: t0.Add(settle)}},
+		{"backs off", of(shelf{size: 3, demand: 5, retry: t0.Add(time.Second)}), refillPlan{make: []int{0}, again: t0.Add(time.Second)}},
+		{"the emptiest first", of(shelf{size: 4, warm: 2}, shelf{kind: python, size: 4, warm: 1}), plan(0, 1)},
+		{"demand of another first", of(shelf{size: 3}, shelf{kind: python, demand: 1}), plan(0, 1)},
+		{"one creation at a time", stock{shelves: []shelf{{size: 3}, {kind: python, size: 1, making: 1}}, newest: t0},
+			refillPlan{make: []int{0, 0}, again: t0.Add(patience)}},
+		{"a creation that takes long", stock{shelves: []shelf{{size: 3}, {kind: python, size: 1, making: 1}}, newest: t0.Add(-patience)}, plan(1, 0)},
+		{"one that does not boot stops no other", of(shelf{size: 3}, shelf{kind: python, demand: 1, retry: t0.Add(time.Second)}),
+			refillPlan{make: []int{1, 0}, again: t0.Add(time.Second)}},
+		{"an image that is not there yet", of(shelf{kind: python, size: 3, demand: 1, closed: true}), plan(0)},
 	} {
-		if got := refill(t0, 3, c.demand, c.s); got != c.want {
+		got := refill(t0, c.s)
+		if c.want.surplus == nil {
+			c.want.surplus = make([]int, len(c.s.shelves))
+		}
+		if !slices.Equal(got.make, c.want.make) || !slices.Equal(got.surplus, c.want.surplus) || !got.again.Equal(c.want.again) {
 			t.Errorf("%s: %+v, want %+v", c.name, got, c.want)
 		}
 	}
@@ -79,12 +94,13 @@ func TestRefillNeverMakesTooMany(t *testing.T) {
 		for demand := range 8 {
 			for warm := range 12 {
 				for making := range 8 {
-					got := refill(t0, size, demand, stock{warm: warm, making: making})
-					if got.make > 0 && making+got.make > max(demand, size-warm) {
-						t.Fatalf("size %d demand %d warm %d making %d: makes %d", size, demand, warm, making, got.make)
+					p := refill(t0, stock{shelves: []shelf{{size: size, demand: demand, warm: warm, making: making}}})
+					create, surplus := p.make[0], p.surplus[0]
+					if create > 0 && making+create > max(demand, size-warm) {
+						t.Fatalf("size %d demand %d warm %d making %d: makes %d", size, demand, warm, making, create)
 					}
-					if got.make > 0 && got.surplus > 0 || got.surplus > warm {
-						t.Fatalf("size %d demand %d warm %d making %d: %+v", size, demand, warm, making, got)
+					if create > 0 && surplus > 0 || surplus > warm {
+						t.Fatalf("size %d demand %d warm %d making %d: %+v", size, demand, warm, making, p)
 					}
 				}
 			}

@@ -16,11 +16,16 @@ const (
 	defaultTimeout = 60 * time.Second
 )
 
-// release begins the orderly end of an Instance: drained if it serves, discarded if it does not.
-func (m *Manager) release(now time.Time, i *instance) {
+// release begins the orderly end of an Instance's traffic: drained if it serves, discarded if it does not. What is to be discarded
+// is, even if it was to be frozen before.
+func (m *Manager) release(now time.Time, i *instance, end end) {
 	if i.leaving() {
+		if i.drain != nil && end == toDiscard {
+			i.drain.end = toDiscard
+		}
 		return
 	}
+	defer m.place(i)
 	if i.state != hearthv1.State_STATE_SERVING {
 		m.startDiscard(now, i)
 		return
@@ -29,7 +34,7 @@ func (m *Manager) release(now time.Time, i *instance) {
 	if f := m.functions[i.function]; f.timeout() > 0 {
 		timeout = m.config.DrainTimeout + f.timeout()
 	}
-	i.drain = &drain{began: now, deadline: now.Add(timeout)}
+	i.drain = &drain{began: now, deadline: now.Add(timeout), end: end}
 	m.touch(i)
 	m.log.Info("drain", "instance", i.id, "function", i.function)
 }
@@ -57,16 +62,17 @@ func drained(d drain, gateways []acknowledgement) bool {
 	return d.version > 0
 }
 
-// endDrains discards what is drained, or has had its time.
+// endDrains freezes or discards what is drained, and discards what has had its time.
 func (m *Manager) endDrains(now time.Time) {
-	for _, i := range m.instances {
-		if i.drain == nil || i.discard != nil {
+	for i := range m.index.restless {
+		if i.drain == nil || i.discard != nil || i.freezing {
 			continue
 		}
 		gateways := make([]acknowledgement, 0, len(m.subscribers))
 		for _, s := range m.subscribers {
 			gateways = append(gateways, acknowledgement{s.version, s.inFlight[i.id]})
 		}
+		end := i.drain.end
 		switch {
 		case drained(*i.drain, gateways):
 			m.metrics.drains.WithLabelValues("drained").Inc()
@@ -76,8 +82,13 @@ func (m *Manager) endDrains(now time.Time) {
 		default:
 			m.metrics.drains.WithLabelValues("timeout").Inc()
 			m.log.Warn("drain took too long; discard with requests in flight", "instance", i.id, "function", i.function)
+			end = toDiscard
 		}
 		m.metrics.drainTime.Observe(now.Sub(i.drain.began).Seconds())
+		if end == toFreeze && m.mayFreeze(m.functions[i.function], i) {
+			m.freeze(i)
+			continue
+		}
 		m.startDiscard(now, i)
 	}
 }
@@ -89,13 +100,14 @@ func (m *Manager) startDiscard(now time.Time, i *instance) {
 	}
 	i.discard = &discard{next: now}
 	m.touch(i)
+	m.place(i)
 }
 
 // discardNext has the nodes carry out what was decided.
 func (m *Manager) discardNext(now time.Time) {
-	for _, i := range m.instances {
+	for i := range m.index.restless {
 		d := i.discard
-		if d == nil || d.calling || d.done || i.making {
+		if d == nil || d.calling || d.done || i.making || i.freezing {
 			continue
 		}
 		n := m.nodes[i.node]
@@ -134,7 +146,7 @@ func (m *Manager) discarded(now time.Time, n *node, i *instance, err error) {
 	// begins anew. Those who wait need not.
 	if i.state != hearthv1.State_STATE_GONE {
 		m.remove(now, i)
-		m.instances[i.id] = i
 		i.refused, i.limbo = false, false
+		m.add(i)
 	}
 }

@@ -134,8 +134,8 @@ func (m *Manager) Acknowledge(name string, version int64, inFlight map[string]in
 	s.version, s.inFlight = version, inFlight
 	close(m.acknowledged)
 	m.acknowledged = make(chan struct{})
-	for _, i := range m.instances {
-		if i.drain != nil && i.discard == nil {
+	for i := range m.index.restless {
+		if i.drain != nil && i.discard == nil && !i.freezing {
 			m.step(time.Now())
 			return
 		}
@@ -182,14 +182,14 @@ func (m *Manager) actUpon(version int64) bool {
 
 // publish sends an Endpoints event for each Function that changed.
 func (m *Manager) publish() {
-	for _, f := range m.functions {
-		if !f.dirty {
-			continue
+	for f := range m.changed {
+		delete(m.changed, f)
+		if m.functions[f.name] != f {
+			continue // its tombstone has been sent
 		}
-		f.dirty = false
 		m.version++
 		f.version = m.version
-		for _, i := range m.instances {
+		for i := range m.index.restless {
 			if i.function == f.name && i.drain != nil && i.drain.version == 0 {
 				i.drain.version = f.version
 			}
@@ -213,9 +213,9 @@ func (m *Manager) send(e *hearthv1.Endpoints) {
 
 // endpoints is a Function as gateways see it. What it returns is not changed afterwards.
 func (m *Manager) endpoints(f *function) *hearthv1.Endpoints {
-	e := &hearthv1.Endpoints{Function: f.name, Version: f.version, Spec: f.spec, Revision: f.revision.GetName()}
-	for _, i := range m.instances {
-		if i.function != f.name || i.state < hearthv1.State_STATE_SERVING || i.state == hearthv1.State_STATE_GONE {
+	e := &hearthv1.Endpoints{Function: f.name, Version: f.version, Spec: f.public, Revision: f.revision.GetName()}
+	for i := range m.index.functions[f.name] {
+		if i.state != hearthv1.State_STATE_SERVING && i.state != hearthv1.State_STATE_DRAINING {
 			continue
 		}
 		said := i.message()
@@ -230,5 +230,6 @@ func (m *Manager) endpoints(f *function) *hearthv1.Endpoints {
 
 func (i *instance) message() *hearthv1.Instance {
 	return &hearthv1.Instance{Id: i.id, Node: i.node, State: i.state, Degree: i.degree, Address: i.address, Claim: i.claim,
-		Function: i.function, Revision: i.revision, CreatedAt: timestamppb.New(i.created)}
+		Function: i.function, Revision: i.revision, CreatedAt: timestamppb.New(i.created), Runtime: i.kind.runtime,
+		RuntimeGeneration: i.kind.generation, Version: i.version, MemoryBytes: i.memory}
 }

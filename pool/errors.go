@@ -21,6 +21,10 @@ func noFunction(name string) error {
 	return connect.NewError(connect.CodeNotFound, fmt.Errorf("no function %q; list them with `hearth status`", name))
 }
 
+func noRuntime(name string) error {
+	return connect.NewError(connect.CodeNotFound, fmt.Errorf("no runtime %q; list them with `hearth runtime ls`", name))
+}
+
 // later is Unavailable with the time after which to ask again, which is at least a second, in the header that HTTP has for it.
 func later(now, retry time.Time, err error) error {
 	e := connect.NewError(connect.CodeUnavailable, err)

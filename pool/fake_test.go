@@ -37,18 +37,23 @@ type fakeNode struct {
 	discards  []string
 	concur    map[string]int // activations under way, by Function
 	mostOf    map[string]int
+	version   int64
+	old       bool // a node of before there were versions and Freeze
+	freezes   int
 
-	createTime, activateTime, prepareTime time.Duration
+	createTime, activateTime, prepareTime, freezeTime time.Duration
 	// hook may answer in the node's stead: before anything is done, or after (lost answers).
 	before, after func(call, id string) error
 	start         func(r *hearthv1.Revision) error
+	// broken fails what has to do with a Runtime or an image.
+	broken func(call string, r *hearthv1.Runtime, image string) error
 }
 
 func newFakeNode(t testing.TB, name string) *fakeNode {
 	return &fakeNode{t: t, name: name, instances: map[string]*hearthv1.Instance{}, results: map[string]*hearthv1.ActivateResponse{},
 		watchers: map[chan *hearthv1.WatchInstancesResponse]chan struct{}{}, wins: map[string][]string{}, prepared: map[string]int{},
 		forgotten: map[string]bool{}, concur: map[string]int{}, mostOf: map[string]int{},
-		createTime: 100 * time.Millisecond, activateTime: 50 * time.Millisecond, prepareTime: 10 * time.Millisecond}
+		createTime: 100 * time.Millisecond, activateTime: 50 * time.Millisecond, prepareTime: 10 * time.Millisecond, freezeTime: time.Millisecond}
 }
 
 func code(c connect.Code, format string, args ...any) error {
@@ -83,10 +88,14 @@ func (n *fakeNode) emit(i *hearthv1.Instance) {
 }
 
 func (n *fakeNode) set(i *hearthv1.Instance, s hearthv1.State) {
-	if s < i.State {
+	if s < i.State && (i.State != hearthv1.State_STATE_FROZEN || s != hearthv1.State_STATE_CLAIMED) {
 		n.t.Errorf("instance %s went back from %s to %s", i.Id, i.State, s)
 	}
 	i.State = s
+	if !n.old {
+		n.version++
+		i.Version = n.version
+	}
 	if s == hearthv1.State_STATE_GONE {
 		delete(n.instances, i.Id)
 	}
@@ -107,12 +116,21 @@ func (n *fakeNode) CreateInstance(ctx context.Context, r *hearthv1.CreateInstanc
 		return nil, err
 	}
 	if n.instances[r.Id] == nil {
-		i := &hearthv1.Instance{Id: r.Id, Node: n.name, State: hearthv1.State_STATE_CREATING, Degree: r.Degree, CreatedAt: timestamppb.Now()}
+		i := &hearthv1.Instance{Id: r.Id, Node: n.name, State: hearthv1.State_STATE_CREATING, Degree: r.Degree, CreatedAt: timestamppb.Now(),
+			Runtime: r.Runtime.GetName(), RuntimeGeneration: r.Runtime.GetGeneration()}
 		n.instances[r.Id] = i
 		n.created++
 		n.set(i, hearthv1.State_STATE_CREATING)
 	}
 	n.sleep(n.createTime)
+	if n.broken != nil {
+		if err := n.broken("create", r.Runtime, ""); err != nil {
+			if i := n.instances[r.Id]; i != nil {
+				n.set(i, hearthv1.State_STATE_GONE)
+			}
+			return nil, err
+		}
+	}
 	i := n.instances[r.Id]
 	if i == nil {
 		return nil, code(connect.CodeUnavailable, "node restarted")
@@ -147,8 +165,11 @@ func (n *fakeNode) Activate(ctx context.Context, r *hearthv1.ActivateRequest) (*
 	switch {
 	case i == nil:
 		return nil, code(connect.CodeNotFound, "no instance %s", r.InstanceId)
+	case i.State == hearthv1.State_STATE_FROZEN && i.Revision == r.Revision.Name:
 	case i.State != hearthv1.State_STATE_WARM:
-		return nil, code(connect.CodeFailedPrecondition, "instance %s is %s", i.Id, i.State)
+		return nil, code(connect.CodeFailedPrecondition, "instance %s is %s with revision %s", i.Id, i.State, i.Revision)
+	case i.Runtime != "" && (i.Runtime != r.Revision.Runtime.GetName() || i.RuntimeGeneration != r.Revision.Runtime.GetGeneration()):
+		return nil, code(connect.CodeFailedPrecondition, "instance %s is of runtime %s %d", i.Id, i.Runtime, i.RuntimeGeneration)
 	}
 	i.Claim, i.Function, i.Revision = r.Claim, r.Revision.Function, r.Revision.Name
 	n.set(i, hearthv1.State_STATE_CLAIMED)
@@ -175,6 +196,32 @@ func (n *fakeNode) Activate(ctx context.Context, r *hearthv1.ActivateRequest) (*
 	res := &hearthv1.ActivateResponse{Instance: proto.CloneOf(i), Phases: []*hearthv1.Phase{{Name: "create"}}}
 	n.results[r.Claim.Id] = res
 	return res, n.leave("activate", r.InstanceId)
+}
+
+func (n *fakeNode) Freeze(ctx context.Context, r *hearthv1.FreezeRequest) (*hearthv1.Instance, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err := n.enter(ctx, "freeze", r.InstanceId); err != nil {
+		return nil, err
+	}
+	i := n.instances[r.InstanceId]
+	switch {
+	case n.old:
+		return nil, code(connect.CodeUnimplemented, "freeze is not implemented")
+	case r.Epoch != 0 && r.Epoch < n.epoch:
+		return nil, code(connect.CodeFailedPrecondition, "epoch %d is older than %d", r.Epoch, n.epoch)
+	case i == nil:
+		return nil, code(connect.CodeNotFound, "no instance %s", r.InstanceId)
+	}
+	n.sleep(n.freezeTime)
+	if n.instances[r.InstanceId] != i || i.State != hearthv1.State_STATE_SERVING {
+		return nil, code(connect.CodeFailedPrecondition, "instance %s is %s", i.Id, i.State)
+	}
+	n.checkWins(i.Id)
+	delete(n.wins, i.Id) // whoever had it has given it up
+	n.freezes++
+	n.set(i, hearthv1.State_STATE_FROZEN)
+	return proto.CloneOf(i), n.leave("freeze", r.InstanceId)
 }
 
 func (n *fakeNode) Discard(ctx context.Context, r *hearthv1.DiscardRequest) error {
@@ -236,6 +283,11 @@ func (n *fakeNode) PrepareRevision(ctx context.Context, r *hearthv1.PrepareRevis
 		return nil, err
 	}
 	n.sleep(n.prepareTime)
+	if n.broken != nil {
+		if err := n.broken("prepare", nil, r.Revision.Image); err != nil {
+			return nil, err
+		}
+	}
 	n.prepared[r.Revision.Name]++
 	return &hearthv1.PrepareRevisionResponse{Image: "pinned@" + r.Revision.Image}, n.leave("prepare", r.Revision.Name)
 }
@@ -264,7 +316,7 @@ func (n *fakeNode) kill(away time.Duration) {
 	n.down = true
 	n.cut()
 	for id, i := range n.instances {
-		if i.State != hearthv1.State_STATE_WARM && i.State != hearthv1.State_STATE_SERVING {
+		if i.State != hearthv1.State_STATE_WARM && i.State != hearthv1.State_STATE_SERVING && i.State != hearthv1.State_STATE_FROZEN {
 			delete(n.instances, id)
 		}
 	}
@@ -282,6 +334,19 @@ func (n *fakeNode) in(function string, s hearthv1.State) int {
 	count := 0
 	for _, i := range n.instances {
 		if i.State == s && (function == "*" || i.Function == function) {
+			count++
+		}
+	}
+	return count
+}
+
+// booted counts the warm Instances of a Runtime.
+func (n *fakeNode) booted(runtime string) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	count := 0
+	for _, i := range n.instances {
+		if i.State == hearthv1.State_STATE_WARM && i.Runtime == runtime {
 			count++
 		}
 	}
@@ -328,10 +393,14 @@ func (n *fakeNode) check() {
 	n.t.Helper()
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for id, claims := range n.wins {
-		if len(claims) != 1 {
-			n.t.Errorf("instance %s was claimed by %v", id, claims)
-		}
+	for id := range n.wins {
+		n.checkWins(id)
+	}
+}
+
+func (n *fakeNode) checkWins(id string) {
+	if claims := n.wins[id]; len(claims) != 1 {
+		n.t.Errorf("instance %s was claimed by %v", id, claims)
 	}
 }
 

@@ -3,6 +3,8 @@ package pool
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect"
@@ -14,8 +16,10 @@ import (
 )
 
 const (
-	defaultMax  = 10
-	defaultPort = 8080
+	defaultMax         = 10
+	defaultPort        = 8080
+	defaultConcurrency = 10
+	defaultFrozen      = 1
 	// internalDeadline is for Instances that nobody waits for; it leaves time for an image's pull.
 	internalDeadline = 2 * time.Minute
 	// minAge is how long an Instance serves at least before the scaler may give it up: two reports of every gateway, and some.
@@ -33,11 +37,44 @@ func (f *function) adopt(r store.Record) {
 	f.spec, f.revision, f.serial = r.Function.GetSpec(), r.Revision, r.Serial
 	f.status = r.Function.GetStatus()
 	s := f.spec.GetScaling()
-	f.scaling = bounds{min: int(s.GetMin()), max: int(s.GetMax())}
+	f.public = withoutSecrets(f.spec)
+	f.scaling = bounds{min: int(s.GetMin()), max: int(s.GetMax()), frozen: max(0, int(s.GetFrozen()))}
 	if f.scaling.max == 0 {
 		f.scaling.max = max(defaultMax, f.scaling.min)
 	}
-	f.dirty = true
+	if s.GetFrozen() == 0 {
+		f.scaling.frozen = defaultFrozen
+	}
+}
+
+// withoutSecrets is a spec as others may see it: the names of the secrets are there, what they are is not.
+func withoutSecrets(spec *hearthv1.FunctionSpec) *hearthv1.FunctionSpec {
+	if len(spec.GetSecrets()) == 0 {
+		return spec
+	}
+	out := proto.CloneOf(spec)
+	for name := range out.Secrets {
+		out.Secrets[name] = nil
+	}
+	return out
+}
+
+// keepSecrets gives a spec the values of the secrets that it only names: who changes what he was shown changes no secret by that.
+func keepSecrets(before *function, spec *hearthv1.FunctionSpec) error {
+	for name, value := range spec.GetSecrets() {
+		if len(value) > 0 {
+			continue
+		}
+		known := []byte(nil)
+		if before != nil {
+			known = before.spec.GetSecrets()[name]
+		}
+		if len(known) == 0 {
+			return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("spec.secrets: %s is empty, and there is no value of before to keep", name))
+		}
+		spec.Secrets[name] = known
+	}
+	return nil
 }
 
 // revise makes the record of a Function with a new spec. Its Revision stays if no Instance would notice the change.
@@ -45,9 +82,16 @@ func revise(now time.Time, before *function, name string, serial int64, spec *he
 	r := store.Record{Name: name, Serial: serial, Function: &hearthv1.Function{Name: name, Spec: spec}}
 	status := &hearthv1.FunctionStatus{Generation: 1, CreatedAt: timestamppb.New(now), UpdatedAt: timestamppb.New(now)}
 	revision := &hearthv1.Revision{Function: name, Image: spec.GetImage(), Port: spec.GetPort(), Env: spec.GetEnv(),
-		Command: spec.GetCommand(), Args: spec.GetArgs(), Resources: spec.GetResources()}
+		Command: spec.GetCommand(), Args: spec.GetArgs(), Resources: spec.GetResources(), Code: spec.GetCode(), Secrets: spec.GetSecrets(),
+		Concurrency: spec.GetScaling().GetConcurrency()}
 	if revision.Port == 0 {
 		revision.Port = defaultPort
+	}
+	if revision.Concurrency == 0 {
+		revision.Concurrency = defaultConcurrency
+	}
+	if spec.GetRuntime() != "" {
+		revision.Runtime = &hearthv1.Runtime{Name: spec.GetRuntime()}
 	}
 	if before != nil {
 		status.Generation, status.CreatedAt = before.status.GetGeneration()+1, before.status.GetCreatedAt()
@@ -78,25 +122,34 @@ func (m *Manager) apply(name string, spec *hearthv1.FunctionSpec) error {
 	defer m.applies.Unlock()
 	m.mu.Lock()
 	before, serial, open := m.functions[name], m.serials[name], m.running
+	ground := m.runtimes[spec.GetRuntime()]
 	m.mu.Unlock()
+	// before's fields change under applies alone, so that reading them needs no mutex more.
+	spec = proto.CloneOf(spec)
 	switch {
 	case !open:
 		return unavailable(errShutdown)
 	case before != nil && before.deleting:
 		return connect.NewError(connect.CodeAborted, fmt.Errorf("function %s is being deleted; apply it again when that is done", name))
-	case before != nil && proto.Equal(before.spec, spec):
+	case spec.GetRuntime() != "" && (ground == nil || ground.current == nil):
+		return connect.NewError(connect.CodeFailedPrecondition,
+			fmt.Errorf("spec.runtime: there is no runtime %q; make it with `hearth runtime apply %s --image REF`", spec.GetRuntime(), spec.GetRuntime()))
+	}
+	if err := keepSecrets(before, spec); err != nil {
+		return err
+	}
+	if before != nil && proto.Equal(before.spec, spec) {
 		return nil
 	}
-	// before's fields change under applies alone, so that reading them needs no mutex more.
-	r := revise(time.Now(), before, name, serial, proto.CloneOf(spec))
+	r := revise(time.Now(), before, name, serial, spec)
 	if err := m.config.Store.Put(r); err != nil {
 		return connect.NewError(connect.CodeInternal, err)
 	}
-	m.fact(func(time.Time) { m.applied(before, r) })
+	m.fact(func(now time.Time) { m.applied(now, before, r) })
 	return nil
 }
 
-func (m *Manager) applied(f *function, r store.Record) {
+func (m *Manager) applied(now time.Time, f *function, r store.Record) {
 	m.serials[r.Name] = r.Serial
 	delete(m.tombstones, r.Name)
 	if f == nil {
@@ -109,10 +162,16 @@ func (m *Manager) applied(f *function, r store.Record) {
 		}
 		f.adopt(r)
 	}
+	m.changed[f] = struct{}{}
+	m.attend(f)
+	for i := range m.index.functions[f.name] {
+		m.place(i)
+	}
+	m.thin(now, f)
 	m.log.Info("function applied", "function", f.name, "generation", f.status.GetGeneration(), "revision", f.revision.GetName())
 	for _, n := range m.nodes {
 		if n.synced {
-			m.prepareOn(n, f)
+			m.prepareFunction(n, f)
 		}
 	}
 }
@@ -167,6 +226,7 @@ func (m *Manager) delete(ctx context.Context, name string) error {
 
 func (m *Manager) deleteNow(now time.Time, f *function) {
 	f.deleting = true
+	m.attend(f)
 	m.log.Info("function deleted", "function", f.name)
 	for _, a := range m.allocations {
 		if a.function == f.name && !a.finished() && a.inst == nil {
@@ -174,27 +234,24 @@ func (m *Manager) deleteNow(now time.Time, f *function) {
 		}
 	}
 	for _, i := range m.of(f.name) {
-		m.release(now, i)
+		m.release(now, i, toDiscard)
 	}
 }
 
 // of lists the Instances that a Function has, or that are being claimed for it.
-func (m *Manager) of(name string) (all []*instance) {
-	for _, i := range m.instances {
-		if i.state != hearthv1.State_STATE_GONE && (i.function == name || i.by != nil && i.by.function == name) {
-			all = append(all, i)
-		}
-	}
-	return all
+func (m *Manager) of(name string) []*instance {
+	return slices.Collect(maps.Keys(m.index.functions[name]))
 }
 
 // finishDeletions ends Functions of which nothing is left.
 func (m *Manager) finishDeletions() {
-	for name, f := range m.functions {
-		if !f.deleting || len(m.of(name)) > 0 {
+	for f := range m.attended {
+		name := f.name
+		if !f.deleting || len(m.index.functions[name]) > 0 {
 			continue
 		}
 		delete(m.functions, name)
+		delete(m.attended, f)
 		f.old[f.revision.GetName()] = f.revision
 		m.version++
 		m.tombstones[name] = m.version
@@ -203,9 +260,19 @@ func (m *Manager) finishDeletions() {
 	}
 }
 
+// attend notes whether there is something to do for a Function even while nothing of it changes: a minimum to keep, a deletion to
+// end, Revisions to forget.
+func (m *Manager) attend(f *function) {
+	if f.deleting || f.scaling.min > 0 || len(f.old) > 0 {
+		m.attended[f] = struct{}{}
+		return
+	}
+	delete(m.attended, f)
+}
+
 // reserve begins Instances for Functions that have fewer than their minimum.
 func (m *Manager) reserve(now time.Time) {
-	for _, f := range m.functions {
+	for f := range m.attended {
 		if f.deleting || f.scaling.min == 0 {
 			continue
 		}
@@ -233,8 +300,8 @@ func (m *Manager) start(now time.Time, f *function, n int) {
 // rollOut drains Instances of earlier Revisions once the present one serves; if only earlier ones do, it begins one.
 func (m *Manager) rollOut(now time.Time) {
 	outdated := map[*function][]*instance{}
-	for _, i := range m.instances {
-		if f := m.functions[i.function]; f != nil && !f.deleting && i.routable() && i.revision != f.revision.GetName() {
+	for i := range m.index.outdated {
+		if f := m.functions[i.function]; f != nil && !f.deleting {
 			outdated[f] = append(outdated[f], i)
 		}
 	}
@@ -243,7 +310,7 @@ func (m *Manager) rollOut(now time.Time) {
 		switch {
 		case c.ready > 0:
 			for _, i := range old {
-				m.release(now, i)
+				m.release(now, i, toDiscard)
 			}
 		case c.starting > 0 || m.upNodes() == 0:
 		case f.failures >= maxFailures && now.Before(f.retry):
@@ -269,7 +336,7 @@ func (m *Manager) Functions() []*hearthv1.Function {
 
 func (m *Manager) message(f *function) *hearthv1.Function {
 	c := m.count(f)
-	return &hearthv1.Function{Name: f.name, Spec: f.spec, Status: &hearthv1.FunctionStatus{
+	return &hearthv1.Function{Name: f.name, Spec: f.public, Status: &hearthv1.FunctionStatus{
 		Generation: f.status.GetGeneration(), Revision: f.revision.GetName(), Ready: int32(c.ready), Starting: int32(c.starting),
 		Desired: int32(f.desired), Reason: f.reason, CreatedAt: f.status.GetCreatedAt(), UpdatedAt: f.status.GetUpdatedAt(),
 	}}
@@ -307,7 +374,7 @@ func (m *Manager) shrinkTo(now time.Time, f *function, desired, ready int) {
 		all = append(all, s)
 	}
 	for _, id := range shrink(now, all, ready-desired, minAge) {
-		m.release(now, m.instances[id])
+		m.release(now, m.instances[id], toFreeze)
 	}
 }
 

@@ -3,6 +3,7 @@ package pool_test
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -20,10 +21,11 @@ import (
 
 // memory is a store that is as durable as the test.
 type memory struct {
-	mu      sync.Mutex
-	epoch   int64
-	records map[string]store.Record
-	fail    error
+	mu       sync.Mutex
+	epoch    int64
+	records  map[string]store.Record
+	runtimes map[string]store.Runtime
+	fail     error
 }
 
 func (s *memory) BeginTerm(after int64) (int64, error) {
@@ -60,7 +62,27 @@ func (s *memory) Delete(name string) error {
 	return s.fail
 }
 
-func newMemory() *memory { return &memory{records: map[string]store.Record{}} }
+func (s *memory) Runtimes() (all []store.Runtime, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.runtimes {
+		all = append(all, r)
+	}
+	return all, s.fail
+}
+
+func (s *memory) PutRuntime(r store.Runtime) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fail == nil {
+		s.runtimes[r.Name] = r
+	}
+	return s.fail
+}
+
+func newMemory() *memory {
+	return &memory{records: map[string]store.Record{}, runtimes: map[string]store.Runtime{}}
+}
 
 // running is a Manager with its Run.
 type running struct {
@@ -102,6 +124,44 @@ func (r *running) apply(name string, change func(*hearthv1.FunctionSpec)) *heart
 		r.t.Fatalf("apply %s: %v", name, err)
 	}
 	return res.Msg.GetFunction()
+}
+
+// runIn makes a spec one of code in a Runtime.
+func runIn(s *hearthv1.FunctionSpec, runtime string) {
+	s.Image, s.Runtime = "", runtime
+	s.Code = &hearthv1.Code{Package: "registry.example/code@sha256:" + strings.Repeat("a", 64), Handler: "main.hello"}
+}
+
+func (r *running) applyRuntime(name string, warm int32, preload ...string) *hearthv1.Runtime {
+	r.t.Helper()
+	spec := &hearthv1.Runtime{Name: name, Image: "registry.example/runtime/" + name + ":1", Preload: preload, Warm: warm}
+	res, err := r.ApplyRuntime(r.t.Context(), connect.NewRequest(&hearthv1.ApplyRuntimeRequest{Runtime: spec}))
+	if err != nil {
+		r.t.Fatalf("apply runtime %s: %v", name, err)
+	}
+	return res.Msg.GetRuntime()
+}
+
+func (r *running) runtimeStatus(name string) *hearthv1.Runtime {
+	r.t.Helper()
+	res, err := r.ListRuntimes(r.t.Context(), connect.NewRequest(&hearthv1.ListRuntimesRequest{}))
+	if err != nil {
+		r.t.Fatalf("list runtimes: %v", err)
+	}
+	for _, one := range res.Msg.GetRuntimes() {
+		if one.GetName() == name {
+			return one
+		}
+	}
+	return nil
+}
+
+// checkIndex fails the test if the index says anything else than the Instances.
+func (r *running) checkIndex() {
+	r.t.Helper()
+	if err := pool.CheckIndex(r.Manager); err != nil {
+		r.t.Error(err)
+	}
 }
 
 func (r *running) allocate(name, id string, within time.Duration) (*hearthv1.AllocateResponse, error) {
@@ -191,19 +251,22 @@ func (g *gateway) take(m *hearthv1.WatchResponse) error {
 	g.version = e.GetVersion()
 	now := map[string]bool{}
 	for _, i := range e.GetInstances() {
-		now[i.GetId()] = true
-		if g.gone[i.GetId()] && !g.mayReturn {
+		now[tenure(i)] = true
+		if g.gone[tenure(i)] && !g.mayReturn {
 			g.t.Errorf("instance %s is back", i.GetId())
 		}
 	}
 	for _, i := range g.latest[e.GetFunction()].GetInstances() {
-		if !now[i.GetId()] {
-			g.gone[i.GetId()] = true
+		if !now[tenure(i)] {
+			g.gone[tenure(i)] = true
 		}
 	}
 	g.latest[e.GetFunction()] = e
 	return nil
 }
+
+// tenure is an Instance under one claim: after a thaw it has another.
+func tenure(i *hearthv1.Instance) string { return i.GetId() + " " + i.GetClaim().GetId() }
 
 // serving lists the Instances of a Function that may get requests.
 func (g *gateway) serving(function string) (ids []string) {

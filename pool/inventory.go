@@ -1,9 +1,9 @@
 package pool
 
 import (
+	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -12,8 +12,6 @@ import (
 const (
 	reconnectFirst = 50 * time.Millisecond
 	reconnectMost  = 500 * time.Millisecond
-	// makeTime bounds a sandbox's creation.
-	makeTime = time.Minute
 	// outcomeSlack is how long after a claim's deadline the node has to end it.
 	outcomeSlack = 3 * time.Second
 	// refusedTime is how long an Instance that was refused although it looked Warm is left alone before it is discarded.
@@ -83,27 +81,32 @@ func (m *Manager) event(n *node, session int, e *hearthv1.WatchInstancesResponse
 // sync closes a node's opening list: what it left out is gone.
 func (m *Manager) sync(now time.Time, n *node, session int) {
 	for _, i := range m.instances {
-		if i.node == n.name && i.session < session && !i.making && i.by == nil {
+		if i.node == n.name && i.session < session && !i.making && i.by == nil && !i.freezing {
 			m.remove(now, i)
 		}
 	}
 	n.synced, n.since = true, time.Time{}
-	n.failures, n.retry = 0, time.Time{}
+	clear(n.supplies)
 	m.tellReady()
 	m.log.Info("node connected", "node", n.name)
+	for _, r := range m.runtimes {
+		if r.current != nil {
+			m.prepareRuntime(n, r)
+		}
+	}
 	for _, f := range m.functions {
 		if !f.deleting {
-			m.prepareOn(n, f)
+			m.prepareFunction(n, f)
 		}
 	}
 }
 
-// observe takes in what a node says of an Instance. States never go back, so an older word than what is known changes nothing.
+// observe takes in what a node says of an Instance. An older word than what is known changes nothing.
 func (m *Manager) observe(now time.Time, n *node, session int, said *hearthv1.Instance) {
 	i := m.instances[said.GetId()]
 	if i != nil && i.state == hearthv1.State_STATE_GONE && i.session < session && i.node == n.name {
 		// It said that it had discarded it, and now lists it.
-		delete(m.instances, i.id)
+		m.drop(i)
 		i = nil
 	}
 	if i == nil {
@@ -111,37 +114,86 @@ func (m *Manager) observe(now time.Time, n *node, session int, said *hearthv1.In
 			return
 		}
 		i = &instance{id: said.GetId(), node: n.name, gone: make(chan struct{}), created: now}
-		m.instances[i.id] = i
+		m.add(i)
 	}
 	if i.node != n.name {
 		m.log.Error("two nodes have an instance of one name; the second is ignored", "instance", i.id, "node", i.node, "second", n.name)
 		return
 	}
+	defer m.place(i)
 	fresh := i.session < session
 	i.session = max(i.session, session)
 	if said.GetState() == hearthv1.State_STATE_GONE {
 		m.remove(now, i)
 		return
 	}
-	if fresh && i.by == nil || said.GetState() > hearthv1.State_STATE_WARM {
-		i.refused, i.limbo = false, false
+	switch age := i.compare(said); {
+	case age == older:
+		// The opening list may have been made before an answer that has come already.
+	case age == backward:
+		m.disowned(now, i, said, fresh)
+	default:
+		if fresh && i.by == nil || age == newer {
+			i.refused, i.limbo = false, false
+		}
+		m.merge(now, i, said)
 	}
-	if said.GetState() < i.state {
-		if fresh && i.state == hearthv1.State_STATE_CLAIMED {
-			i.until = now // the node has restarted and knows nothing of the claim: it comes to nothing
-			if a := m.waiter(i); a != nil {
-				a.next = now
-			}
+}
+
+// age is how what a node says relates to what is known.
+type age int
+
+const (
+	older age = iota
+	same
+	newer
+	// backward is what no Instance does: to be generic again, or less than it was on a node that has no versions.
+	backward
+)
+
+// compare says how old a node's word is. Versions decide; states come again (Serving and Frozen). A node that counts no versions is
+// an old one, which does not freeze: there a lower state is an older word, or that of a node that has restarted.
+func (i *instance) compare(said *hearthv1.Instance) age {
+	if i.version == 0 || said.GetVersion() == 0 {
+		return [...]age{backward, same, newer}[1+cmp.Compare(said.GetState(), i.state)]
+	}
+	switch {
+	case said.GetVersion() < i.version:
+		return older
+	case said.GetVersion() == i.version:
+		return same
+	case said.GetState() <= hearthv1.State_STATE_WARM && i.state > hearthv1.State_STATE_WARM:
+		return backward
+	}
+	return newer
+}
+
+// disowned handles an Instance that its node says less of than was known: it has restarted and does not know of a claim, which so
+// comes to nothing; or the word is an old one. Whatever once held a Revision is never generic again.
+func (m *Manager) disowned(now time.Time, i *instance, said *hearthv1.Instance, fresh bool) {
+	counted := i.version != 0 && said.GetVersion() != 0
+	if !fresh && !counted {
+		return
+	}
+	if i.state == hearthv1.State_STATE_CLAIMED {
+		i.until = now
+		if a := m.waiter(i); a != nil {
+			a.next = now
 		}
 		return
 	}
-	m.merge(now, i, said)
+	if counted {
+		m.log.Error("a node says that an instance is generic again; discard it", "instance", i.id, "node", i.node, "was", i.state, "is", said.GetState())
+		m.startDiscard(now, i)
+	}
 }
 
 func (m *Manager) merge(now time.Time, i *instance, said *hearthv1.Instance) {
-	before := i.state
+	before, waits := i.state, m.waiter(i)
 	i.state, i.degree, i.address = said.GetState(), said.GetDegree(), said.GetAddress()
 	i.claim, i.function, i.revision = said.GetClaim(), said.GetFunction(), said.GetRevision()
+	i.kind, i.memory = kind{said.GetRuntime(), said.GetRuntimeGeneration()}, said.GetMemoryBytes()
+	i.version = max(i.version, said.GetVersion())
 	if said.GetCreatedAt() != nil {
 		i.created = said.GetCreatedAt().AsTime()
 	}
@@ -150,7 +202,7 @@ func (m *Manager) merge(now time.Time, i *instance, said *hearthv1.Instance) {
 	}
 	switch i.state {
 	case hearthv1.State_STATE_WARM:
-		i.warm = now
+		m.tellStocked()
 	case hearthv1.State_STATE_CLAIMED:
 		i.until = i.claim.GetDeadline().AsTime().Add(outcomeSlack)
 		if a := m.waiter(i); a != nil {
@@ -159,8 +211,16 @@ func (m *Manager) merge(now time.Time, i *instance, said *hearthv1.Instance) {
 	case hearthv1.State_STATE_SERVING:
 		i.serving = now
 		m.served(now, i)
+	case hearthv1.State_STATE_FROZEN:
+		if waits != nil {
+			waits.next = now // nothing came of its claim
+		}
+		m.slept(now, i)
 	}
 	m.touch(i)
+	if f := m.functions[i.function]; f != nil && before >= hearthv1.State_STATE_SERVING {
+		m.changed[f] = struct{}{} // gateways knew it
+	}
 }
 
 // served handles an Instance that began to serve: it may be the answer to an allocation whose call was lost, or nobody's.
@@ -174,6 +234,7 @@ func (m *Manager) served(now time.Time, i *instance) {
 	if i.by != nil {
 		return // the call's own answer follows, with its phases
 	}
+	m.place(i)
 	if a := m.waiter(i); a != nil {
 		m.succeed(now, a, i, nil)
 	}
@@ -194,7 +255,7 @@ func (m *Manager) remove(now time.Time, i *instance) {
 	if i.routable() {
 		m.log.Warn("an instance is gone that nobody gave up", "instance", i.id, "function", i.function, "node", i.node)
 	}
-	delete(m.instances, i.id)
+	m.drop(i)
 	if i.state == hearthv1.State_STATE_GONE {
 		return
 	}
@@ -218,7 +279,7 @@ func (m *Manager) expireNodes(now time.Time) {
 		}
 		for _, i := range m.instances {
 			// What the stream of now has named is there, even if it has not told everything yet.
-			if i.node == n.name && i.session < n.session && i.by == nil && !i.making {
+			if i.node == n.name && i.session < n.session && i.by == nil && !i.making && !i.freezing {
 				m.remove(now, i)
 			}
 		}
@@ -227,8 +288,8 @@ func (m *Manager) expireNodes(now time.Time) {
 
 // expireInstances ends what should have come to an end by itself.
 func (m *Manager) expireInstances(now time.Time) {
-	for _, i := range m.instances {
-		if i.by != nil || i.discard != nil {
+	for i := range m.index.restless {
+		if i.by != nil || i.discard != nil || i.state == hearthv1.State_STATE_GONE {
 			continue
 		}
 		if i.state == hearthv1.State_STATE_CLAIMED || i.refused || i.limbo {
@@ -245,115 +306,6 @@ func (m *Manager) expireInstances(now time.Time) {
 // touch asks for an Endpoints event because of an Instance, if gateways know or should know it.
 func (m *Manager) touch(i *instance) {
 	if f := m.functions[i.function]; f != nil && i.state >= hearthv1.State_STATE_SERVING {
-		f.dirty = true
-	}
-}
-
-// refillNodes begins and ends warm Instances.
-func (m *Manager) refillNodes(now time.Time) {
-	waiting := len(m.eligible(now))
-	stocks, loads := map[string]stock{}, map[string]int{}
-	for _, n := range m.nodes {
-		if !n.synced {
-			continue
-		}
-		s := m.stock(n)
-		stocks[n.name], loads[n.name] = s, s.making
-		waiting -= s.making + m.refusedOn(n)
-	}
-	shares := spread(max(0, waiting), loads)
-	for name, s := range stocks {
-		demand := shares[name]
-		if demand > 0 {
-			demand += s.making
-		}
-		plan := refill(now, m.config.PoolSize, demand, s)
-		if !plan.again.IsZero() {
-			m.at(plan.again)
-		}
-		for range plan.make {
-			m.makeWarm(now, m.nodes[name])
-		}
-		m.giveUp(now, name, plan.surplus)
-	}
-}
-
-func (m *Manager) stock(n *node) stock {
-	s := stock{began: n.began, ended: n.ended, retry: n.retry}
-	for _, i := range m.instances {
-		if i.node != n.name {
-			continue
-		}
-		switch {
-		case i.by != nil:
-			s.activating++
-		case i.discard != nil:
-		case i.making || i.state == hearthv1.State_STATE_CREATING:
-			s.making++
-		case i.state == hearthv1.State_STATE_WARM:
-			s.warm++
-		}
-	}
-	return s
-}
-
-func (m *Manager) refusedOn(n *node) int {
-	count := 0
-	for _, i := range m.instances {
-		if i.node == n.name && i.spare() && i.refused {
-			count++
-		}
-	}
-	return count
-}
-
-func (m *Manager) makeWarm(now time.Time, n *node) {
-	i := &instance{id: newID("i-"), node: n.name, making: true, gone: make(chan struct{}), created: now,
-		degree: hearthv1.Degree_DEGREE_SANDBOX}
-	m.instances[i.id] = i
-	m.do(func(ctx context.Context) {
-		ctx, cancel := context.WithTimeout(ctx, makeTime)
-		defer cancel()
-		said, err := n.client.CreateInstance(ctx, &hearthv1.CreateInstanceRequest{Id: i.id, Degree: i.degree})
-		if err == nil && said.GetId() != i.id {
-			err = fmt.Errorf("node %s made instance %q and not %q", n.name, said.GetId(), i.id)
-		}
-		m.fact(func(now time.Time) { m.made(now, n, i, said, err) })
-	})
-}
-
-// made takes in the outcome of a creation. When it is unknown the node's stream will tell.
-func (m *Manager) made(now time.Time, n *node, i *instance, said *hearthv1.Instance, err error) {
-	i.making = false
-	if err == nil {
-		n.failures, n.lastErr = 0, ""
-		m.metrics.made.WithLabelValues("ok").Inc()
-		if i.state < said.GetState() && i.state != hearthv1.State_STATE_GONE {
-			m.observe(now, n, i.session, said)
-		}
-		return
-	}
-	m.metrics.made.WithLabelValues("error").Inc()
-	n.failures++
-	n.lastErr = message(err)
-	n.retry = now.Add(backoff(n.failures, 200*time.Millisecond, 5*time.Second))
-	if n.synced {
-		m.log.Warn("make a warm instance", "node", n.name, "instance", i.id, "failures", n.failures, "err", err)
-	}
-	switch {
-	case i.state == hearthv1.State_STATE_GONE:
-	case i.session == 0:
-		m.remove(now, i)
-	case i.state < hearthv1.State_STATE_WARM:
-		m.startDiscard(now, i)
-	}
-}
-
-func (m *Manager) giveUp(now time.Time, nodeName string, n int) {
-	for _, i := range m.instances {
-		if n > 0 && i.node == nodeName && i.spare() && !i.refused {
-			m.startDiscard(now, i)
-			n--
-		}
+		m.changed[f] = struct{}{}
 	}
 }

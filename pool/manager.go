@@ -20,7 +20,11 @@ var ErrStale = errors.New("a later term has begun")
 // DefaultPoolSize is how many warm Instances a node keeps.
 const DefaultPoolSize = 3
 
-// Store keeps what must survive: pool/store is one. Safe for concurrent use.
+// DefaultClaimsPerNode is how many claims may be under way on a node at once: a burst of starts from a pool should not queue here.
+const DefaultClaimsPerNode = 100
+
+// Store keeps what must survive: pool/store is one. It has more than four methods because Functions and Runtimes are one truth, in
+// one file that one term writes. Safe for concurrent use.
 type Store interface {
 	// BeginTerm returns a number greater than all before and than after, and durable.
 	BeginTerm(after int64) (int64, error)
@@ -28,14 +32,22 @@ type Store interface {
 	// Put and Delete are durable when they return.
 	Put(store.Record) error
 	Delete(name string) error
+	Runtimes() ([]store.Runtime, error)
+	// PutRuntime is durable when it returns. A deleted Runtime is put without what was applied.
+	PutRuntime(store.Runtime) error
 }
 
 // Config says what a Manager works with. Nodes and Store must be set.
 type Config struct {
 	Nodes map[string]Node
 	Store Store
-	// PoolSize is how many warm Instances each node keeps; default DefaultPoolSize, negative is none.
+	// PoolSize is how many sandboxes each node keeps, besides the booted Instances that Runtimes ask for; default DefaultPoolSize,
+	// negative is none.
 	PoolSize int
+	// ClaimsPerNode may be under way at once, one Function's being at most three quarters of them; default DefaultClaimsPerNode.
+	ClaimsPerNode int
+	// FrozenTTL is how long an Instance stays frozen that nobody asks for; default 1 h, negative freezes none.
+	FrozenTTL time.Duration
 	// Snapshots of a Revision that a node keeps prepared; default 2, negative is none.
 	Snapshots int
 	// NodeTimeout is how long the endpoints of a node that cannot be reached stay; default 30 s.
@@ -62,6 +74,12 @@ func (c Config) withDefaults() (Config, error) {
 		c.Snapshots = 2
 	}
 	c.PoolSize, c.Snapshots = max(0, c.PoolSize), max(0, c.Snapshots)
+	if c.ClaimsPerNode <= 0 {
+		c.ClaimsPerNode = DefaultClaimsPerNode
+	}
+	if c.FrozenTTL == 0 {
+		c.FrozenTTL = time.Hour
+	}
 	if c.NodeTimeout <= 0 {
 		c.NodeTimeout = 30 * time.Second
 	}
@@ -92,13 +110,21 @@ type Manager struct {
 	version      int64     // of the last Endpoints event
 	nodes        map[string]*node
 	functions    map[string]*function
+	changed      map[*function]struct{} // that gateways have to hear of
+	attended     map[*function]struct{} // see attend
 	serials      map[string]int64
 	tombstones   map[string]int64 // versions of the events that deleted Functions
+	runtimes     map[string]*runtime
 	instances    map[string]*instance
+	index        index
+	frozenEnd    time.Time     // when the first frozen Instance has been kept long enough; zero is never
 	queue        []*allocation // that have no Instance, in the order in which they came
 	allocations  map[string]*allocation
+	unfinished   map[string]map[*allocation]struct{} // by Function
+	succeeded    []*allocation                       // that are remembered, in the order in which they ended
 	subscribers  map[string]*subscriber
 	acknowledged chan struct{} // closed, and another made, whenever one has acknowledged
+	news         chan struct{} // and this one whenever an Instance has become warm, or could not be made
 }
 
 // New begins a term and reads the store. The Manager does nothing before Run.
@@ -115,21 +141,29 @@ func New(c Config) (*Manager, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read functions: %w", err)
 	}
+	runtimes, err := c.Store.Runtimes()
+	if err != nil {
+		return nil, fmt.Errorf("read runtimes: %w", err)
+	}
 	m := &Manager{
 		config: c, log: c.Logger.With("epoch", epoch), epoch: epoch, wake: make(chan struct{}, 1),
 		// So that versions grow over restarts too.
 		version: epoch << 32,
-		nodes:   map[string]*node{}, functions: map[string]*function{}, serials: map[string]int64{},
-		tombstones: map[string]int64{}, instances: map[string]*instance{}, allocations: map[string]*allocation{},
-		subscribers: map[string]*subscriber{}, acknowledged: make(chan struct{}),
+		nodes:   map[string]*node{}, functions: map[string]*function{}, changed: map[*function]struct{}{}, attended: map[*function]struct{}{}, serials: map[string]int64{},
+		tombstones: map[string]int64{}, runtimes: map[string]*runtime{}, instances: map[string]*instance{}, index: newIndex(),
+		allocations: map[string]*allocation{}, unfinished: map[string]map[*allocation]struct{}{},
+		subscribers: map[string]*subscriber{}, acknowledged: make(chan struct{}), news: make(chan struct{}),
 	}
 	m.metrics = newMetrics(c.Registerer, m)
 	now := time.Now()
 	for name, client := range c.Nodes {
-		m.nodes[name] = &node{name: name, client: client, since: now, prepares: map[string]*prepare{}}
+		m.nodes[name] = &node{name: name, client: client, since: now, supplies: map[string]*supply{}, prepares: map[string]*prepare{}}
 	}
 	for _, r := range records {
 		m.load(r)
+	}
+	for _, r := range runtimes {
+		m.runtimes[r.Name] = newRuntime(r)
 	}
 	return m, nil
 }
@@ -144,6 +178,7 @@ func (m *Manager) load(r store.Record) {
 	f := newFunction(r)
 	f.version = m.version
 	m.functions[r.Name] = f
+	m.attend(f)
 }
 
 // Epoch is the number of this Manager's term.
@@ -223,6 +258,7 @@ func (m *Manager) close(err error) {
 		}
 	}
 	m.queue = nil
+	m.tellStocked()
 	for _, s := range m.subscribers {
 		for stream := range s.streams {
 			stream.end(unavailable(err))
@@ -261,6 +297,7 @@ func (m *Manager) step(now time.Time) {
 	m.alarm = time.Time{}
 	m.expireNodes(now)
 	m.expireInstances(now)
+	m.expireFrozen(now)
 	m.expireAllocations(now)
 	m.expireSubscribers(now)
 	m.reserve(now)

@@ -8,9 +8,9 @@ import (
 )
 
 type metrics struct {
-	allocations, claims, made, discards, drains, prepares *prometheus.CounterVec
-	allocateTime, drainTime                               prometheus.Histogram
-	slow                                                  prometheus.Counter
+	allocations, claims, made, discards, drains, freezes, prepares *prometheus.CounterVec
+	allocateTime, drainTime                                        prometheus.Histogram
+	slow                                                           prometheus.Counter
 }
 
 // newMetrics registers nowhere when r is nil.
@@ -28,6 +28,7 @@ func newMetrics(r prometheus.Registerer, m *Manager) *metrics {
 		made:        counters("instances_made_total", "Warm instances made, by result."),
 		discards:    counters("discards_total", "Calls that discard an instance, by result."),
 		drains:      counters("drains_total", "Drains that ended: drained, or timeout with requests in flight."),
+		freezes:     counters("freezes_total", "Instances that were to be frozen because they were not needed, by result."),
 		prepares:    counters("prepares_total", "Images made present on a node ahead of use, by result."),
 		allocateTime: f.NewHistogram(prometheus.HistogramOpts{Name: "hearth_pool_allocate_seconds",
 			Help: "From an allocation's arrival to an instance that serves.", Buckets: prometheus.ExponentialBuckets(0.005, 2, 14)}),
@@ -40,8 +41,9 @@ func newMetrics(r prometheus.Registerer, m *Manager) *metrics {
 // stockCollector reads what there is when it is asked.
 type stockCollector struct{ m *Manager }
 
-func (stockCollector) descs() (instances, queue, epoch, nodes, subscribers *prometheus.Desc) {
+func (stockCollector) descs() (instances, warm, queue, epoch, nodes, subscribers *prometheus.Desc) {
 	return prometheus.NewDesc("hearth_pool_instances", "Instances on all nodes, by state.", []string{"state"}, nil),
+		prometheus.NewDesc("hearth_pool_warm", "Instances that can be claimed, by degree, and runtime if one is booted in them.", []string{"degree", "runtime"}, nil),
 		prometheus.NewDesc("hearth_pool_queue", "Allocations that wait for an instance.", nil, nil),
 		prometheus.NewDesc("hearth_pool_epoch", "Number of this poolmanager's term.", nil, nil),
 		prometheus.NewDesc("hearth_pool_nodes", "Nodes that are connected.", nil, nil),
@@ -53,8 +55,8 @@ func (c stockCollector) Describe(out chan<- *prometheus.Desc) { prometheus.Descr
 
 // Collect is prometheus.Collector's.
 func (c stockCollector) Collect(out chan<- prometheus.Metric) {
-	instances, queue, epoch, nodes, subscribers := c.descs()
-	states := map[string]float64{"warm": 0, "claimed": 0, "serving": 0, "draining": 0, "creating": 0}
+	instances, warm, queue, epoch, nodes, subscribers := c.descs()
+	states := map[string]float64{"warm": 0, "claimed": 0, "serving": 0, "frozen": 0, "draining": 0, "creating": 0}
 	c.m.mu.Lock()
 	for _, i := range c.m.instances {
 		switch {
@@ -67,17 +69,46 @@ func (c stockCollector) Collect(out chan<- prometheus.Metric) {
 			states["warm"]++
 		case i.state == hearthv1.State_STATE_SERVING:
 			states["serving"]++
+		case i.state == hearthv1.State_STATE_FROZEN:
+			states["frozen"]++
 		default:
 			states["creating"]++
 		}
 	}
+	degrees := c.m.degrees()
 	waiting, up, subs := len(c.m.queue), c.m.upNodes(), len(c.m.subscribers)
 	c.m.mu.Unlock()
 	for state, n := range states {
 		out <- prometheus.MustNewConstMetric(instances, prometheus.GaugeValue, n, state)
 	}
+	for k, n := range degrees {
+		out <- prometheus.MustNewConstMetric(warm, prometheus.GaugeValue, n, k[0], k[1])
+	}
 	for desc, n := range map[*prometheus.Desc]int{queue: waiting, nodes: up, subscribers: subs} {
 		out <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(n))
 	}
 	out <- prometheus.MustNewConstMetric(epoch, prometheus.GaugeValue, float64(c.m.epoch))
+}
+
+// degrees counts what can be claimed, by degree and Runtime. Guarded by mu.
+func (m *Manager) degrees() map[[2]string]float64 {
+	out := map[[2]string]float64{{"sandbox", ""}: 0}
+	for _, r := range m.runtimes {
+		if r.current != nil {
+			out[[2]string{"runtime", r.name}] = 0
+		}
+	}
+	for p, all := range m.index.spare {
+		if p.kind.runtime == "" {
+			out[[2]string{"sandbox", ""}] += float64(len(all))
+		} else if m.current(p.kind) {
+			out[[2]string{"runtime", p.kind.runtime}] += float64(len(all))
+		}
+	}
+	for i := range m.index.frozen {
+		if i.asleep() {
+			out[[2]string{"revision", i.kind.runtime}]++
+		}
+	}
+	return out
 }

@@ -15,6 +15,7 @@ import (
 type Node interface {
 	CreateInstance(context.Context, *hearthv1.CreateInstanceRequest) (*hearthv1.Instance, error)
 	Activate(context.Context, *hearthv1.ActivateRequest) (*hearthv1.ActivateResponse, error)
+	Freeze(context.Context, *hearthv1.FreezeRequest) (*hearthv1.Instance, error)
 	Discard(context.Context, *hearthv1.DiscardRequest) error
 	// Watch calls event for each message of WatchInstances, one after the other, until the stream ends, and says why it did. It
 	// ends when event returns an error.
@@ -44,6 +45,14 @@ func (r remote) Activate(ctx context.Context, m *hearthv1.ActivateRequest) (*hea
 		return nil, err
 	}
 	return res.Msg, nil
+}
+
+func (r remote) Freeze(ctx context.Context, m *hearthv1.FreezeRequest) (*hearthv1.Instance, error) {
+	res, err := r.c.Freeze(ctx, connect.NewRequest(m))
+	if err != nil {
+		return nil, err
+	}
+	return res.Msg.GetInstance(), nil
 }
 
 func (r remote) Discard(ctx context.Context, m *hearthv1.DiscardRequest) error {

@@ -15,8 +15,10 @@ import (
 // activated takes in the outcome of a claim.
 func (m *Manager) activated(now time.Time, n *node, a *allocation, i *instance, req *hearthv1.ActivateRequest,
 	res *hearthv1.ActivateResponse, err error) {
+	defer m.place(i)
 	n.ended = now
 	i.by, a.inst = nil, nil
+	m.place(i)
 	if err == nil && res.GetInstance().GetId() != i.id {
 		err = connect.NewError(connect.CodeUnknown, fmt.Errorf("node %s answered for instance %q", n.name, res.GetInstance().GetId()))
 	}
@@ -54,6 +56,10 @@ func (m *Manager) activated(now time.Time, n *node, a *allocation, i *instance, 
 		m.finish(now, a, nil, connect.NewError(connect.CodeDeadlineExceeded, fmt.Errorf("function %s: %s", a.function, message(err))))
 	default:
 		m.startDiscard(now, i)
+		if a.thaws {
+			m.again(now, a, err) // that one did not wake up; it says nothing of the Function
+			return
+		}
 		m.failed(now, a, err)
 	}
 }
@@ -76,9 +82,10 @@ func (m *Manager) answered(now time.Time, n *node, a *allocation, i *instance, r
 }
 
 // unknown marks an Instance of which nobody here knows whether the claim took effect. It is not chosen again before its node has
-// said what it is; if nothing comes of it, it ends a little after the claim's deadline.
+// said what it is; if nothing comes of it, it ends a little after the claim's deadline. If a stream that began after the claim has said
+// already that it is free, then nobody knows better: should the claim take effect all the same, the node refuses the next.
 func (m *Manager) unknown(a *allocation, i *instance, req *hearthv1.ActivateRequest) {
-	if i.state >= hearthv1.State_STATE_CLAIMED {
+	if i.session > i.claimedIn || i.state != hearthv1.State_STATE_FROZEN && i.state >= hearthv1.State_STATE_CLAIMED {
 		return
 	}
 	i.limbo, i.until = true, a.deadline.Add(outcomeSlack)
@@ -154,6 +161,14 @@ func (m *Manager) finish(now time.Time, a *allocation, res *hearthv1.AllocateRes
 	a.response, a.err, a.ended = res, err, now
 	close(a.done)
 	m.queue = slices.DeleteFunc(m.queue, func(other *allocation) bool { return other == a })
+	if delete(m.unfinished[a.function], a); len(m.unfinished[a.function]) == 0 {
+		delete(m.unfinished, a.function)
+	}
+	if err == nil {
+		m.succeeded = append(m.succeeded, a)
+	} else {
+		m.forgetFailed(a)
+	}
 	result := "ok"
 	if err != nil {
 		result = connect.CodeOf(err).String()
@@ -176,16 +191,23 @@ func (m *Manager) expireAllocations(now time.Time) {
 		}
 		m.finish(now, a, nil, m.late(a))
 	}
-	for id, a := range m.allocations {
-		if !a.finished() || a.callers > 0 {
-			continue
-		}
-		// A failure is not kept: the same id may try again.
-		if end := a.ended.Add(remember); a.err == nil && now.Before(end) {
+	for len(m.succeeded) > 0 {
+		a := m.succeeded[0]
+		if end := a.ended.Add(remember); now.Before(end) {
 			m.at(end)
-			continue
+			break
 		}
-		delete(m.allocations, id)
+		if m.allocations[a.id] == a {
+			delete(m.allocations, a.id)
+		}
+		m.succeeded = m.succeeded[1:]
+	}
+}
+
+// forgetFailed forgets an allocation that failed once nobody waits for it: the same id may try again.
+func (m *Manager) forgetFailed(a *allocation) {
+	if a.err != nil && a.callers == 0 && m.allocations[a.id] == a {
+		delete(m.allocations, a.id)
 	}
 }
 
@@ -199,10 +221,12 @@ func (m *Manager) late(a *allocation) error {
 			a.function, a.attempts, message(a.lastErr)))
 	}
 	err := errors.New("the pool is empty and did not grow in time")
-	for _, n := range m.nodes {
-		if n.lastErr != "" {
-			err = fmt.Errorf("%w: node %s: %s", err, n.name, n.lastErr)
-		}
+	k := m.kindFor(a.function)
+	if k.runtime != "" {
+		err = fmt.Errorf("no instance of runtime %s was free or could be booted in time", k.runtime)
+	}
+	for _, why := range m.supplyErrors(k.runtime) {
+		err = fmt.Errorf("%w: %s", err, why)
 	}
 	return connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("function %s: %w", a.function, err))
 }

@@ -19,8 +19,14 @@ const (
 	forgetTime      = time.Minute
 )
 
-// prepare is one Revision's image on its way to one node. Guarded by Manager.mu, but for done.
+// prepare is what one Revision needs on its way to one node. Guarded by Manager.mu, but for done.
 type prepare struct {
+	revision  *hearthv1.Revision
+	snapshots int
+	// pin fixes the image that the node resolved. then takes in the outcome.
+	pin  func(image string) error
+	then func(now time.Time, err error)
+
 	done    chan struct{}
 	started bool
 	err     error
@@ -40,28 +46,44 @@ func (n *node) has(revision string) bool {
 	}
 }
 
-// prepareOn has a Function's present Revision prepared on a node, or joins that. One that is done is done again: after a restart
-// the node may have less than it had, and what it has costs it nothing.
-func (m *Manager) prepareOn(n *node, f *function) *prepare {
-	revision := f.revision
-	if p := n.prepares[revision.GetName()]; p != nil {
+// prepareFunction has a Function's present Revision prepared on a node: its image, or its code with its Runtime.
+func (m *Manager) prepareFunction(n *node, f *function) *prepare {
+	revision := m.complete(f)
+	return m.prepareOn(n, &prepare{
+		revision: revision, snapshots: m.config.Snapshots,
+		pin: func(image string) error { return m.pin(f.name, revision.GetName(), image) },
+		then: func(_ time.Time, _ error) {
+			// Its Runtime was changed meanwhile.
+			if m.functions[f.name] == f && m.complete(f).GetRuntime().GetGeneration() != revision.GetRuntime().GetGeneration() &&
+				f.revision.GetName() == revision.GetName() {
+				m.prepareFunction(n, f)
+			}
+		},
+	})
+}
+
+// prepareOn has something prepared on a node, or joins that. One that is done is done again: after a restart the node may have less
+// than it had, and what it has costs it nothing.
+func (m *Manager) prepareOn(n *node, p *prepare) *prepare {
+	name := p.revision.GetName()
+	if p := n.prepares[name]; p != nil {
 		select {
 		case <-p.done:
 		default:
 			return p
 		}
 	}
-	p := &prepare{done: make(chan struct{})}
+	p.done = make(chan struct{})
 	p.run = func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, prepareTime)
 		defer cancel()
-		res, err := n.client.PrepareRevision(ctx, &hearthv1.PrepareRevisionRequest{Revision: revision, Snapshots: int32(m.config.Snapshots)})
+		res, err := n.client.PrepareRevision(ctx, &hearthv1.PrepareRevisionRequest{Revision: p.revision, Snapshots: int32(p.snapshots)})
 		if err == nil {
-			err = m.pin(f.name, revision.GetName(), res.GetImage())
+			err = p.pin(res.GetImage())
 		}
-		m.fact(func(time.Time) { m.prepared(n, revision, p, err) })
+		m.fact(func(now time.Time) { m.prepared(now, n, p, err) })
 	}
-	n.prepares[revision.GetName()] = p
+	n.prepares[name] = p
 	m.nextPrepare(n)
 	return p
 }
@@ -83,9 +105,11 @@ func (m *Manager) nextPrepare(n *node) {
 	}
 }
 
-func (m *Manager) prepared(n *node, revision *hearthv1.Revision, p *prepare, err error) {
+func (m *Manager) prepared(now time.Time, n *node, p *prepare, err error) {
 	p.err, p.started, p.run = err, false, nil
 	close(p.done)
+	p.then(now, err)
+	revision := p.revision
 	result := "ok"
 	if err != nil {
 		result = "error"
@@ -106,7 +130,7 @@ func (m *Manager) awaitPrepared(ctx context.Context, name string) error {
 		}
 		p := n.prepares[f.revision.GetName()]
 		if p == nil || p.run == nil && !n.has(f.revision.GetName()) {
-			p = m.prepareOn(n, f)
+			p = m.prepareFunction(n, f)
 		}
 		waits = append(waits, p)
 	}
@@ -124,7 +148,7 @@ func (m *Manager) awaitPrepared(ctx context.Context, name string) error {
 		err := p.err
 		m.mu.Unlock()
 		if err != nil {
-			return connect.NewError(connect.CodeOf(err), fmt.Errorf("function %s is stored, but its image could not be prepared: %s", name, message(err)))
+			return connect.NewError(connect.CodeOf(err), fmt.Errorf("function %s is stored, but could not be prepared: %s", name, message(err)))
 		}
 	}
 	return nil
@@ -132,12 +156,13 @@ func (m *Manager) awaitPrepared(ctx context.Context, name string) error {
 
 // forgetOld lets nodes forget the Revisions that were replaced and have no Instances left.
 func (m *Manager) forgetOld() {
-	for _, f := range m.functions {
+	for f := range m.attended {
 		for name, revision := range f.old {
-			if m.revisionInUse(name) {
+			if f.deleting || m.revisionInUse(f.name, name) {
 				continue
 			}
 			delete(f.old, name)
+			m.attend(f)
 			m.do(func(ctx context.Context) {
 				// The image stays: the Revision that came after may be of the same.
 				if err := m.forgetOn(ctx, revision, false); err != nil {
@@ -160,9 +185,9 @@ func (m *Manager) forgetAll(f *function) {
 	})
 }
 
-func (m *Manager) revisionInUse(name string) bool {
-	for _, i := range m.instances {
-		if i.revision == name && i.state != hearthv1.State_STATE_GONE {
+func (m *Manager) revisionInUse(function, name string) bool {
+	for i := range m.index.functions[function] {
+		if i.revision == name {
 			return true
 		}
 	}
@@ -174,12 +199,20 @@ func (m *Manager) forget(ctx context.Context, revision *hearthv1.Revision) error
 	m.mu.Lock()
 	removeImage := true
 	for _, f := range m.functions {
-		if f.revision.GetName() != revision.GetName() && (f.revision.GetImage() == revision.GetImage() || f.spec.GetImage() == revision.GetImage()) {
+		if f.revision.GetName() != revision.GetName() && shareBytes(f, revision) {
 			removeImage = false
 		}
 	}
 	m.mu.Unlock()
 	return m.forgetOn(ctx, revision, removeImage)
+}
+
+// shareBytes says whether a Function is of the same image, or of the same code, as a Revision.
+func shareBytes(f *function, r *hearthv1.Revision) bool {
+	if code := r.GetCode().GetPackage(); code != "" {
+		return f.revision.GetCode().GetPackage() == code
+	}
+	return r.GetImage() != "" && (f.revision.GetImage() == r.GetImage() || f.spec.GetImage() == r.GetImage())
 }
 
 func (m *Manager) forgetOn(ctx context.Context, revision *hearthv1.Revision, removeImage bool) error {

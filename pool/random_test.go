@@ -56,8 +56,15 @@ func chaos(t *testing.T, seed uint64) {
 		c.Nodes[name] = nodes[name]
 	}
 	m := start(t, c)
+	m.applyRuntime("python", 2)
 	for f := range 3 {
-		m.apply(fmt.Sprintf("f%d", f), func(s *hearthv1.FunctionSpec) { s.Scaling.Max = 6; s.Timeout = seconds(1) })
+		m.apply(fmt.Sprintf("f%d", f), func(s *hearthv1.FunctionSpec) {
+			s.Scaling.Max = 6
+			s.Timeout = seconds(1)
+			if f == 2 {
+				runIn(s, "python")
+			}
+		})
 	}
 	for _, n := range nodes {
 		fault := func(call, _ string) error {
@@ -117,8 +124,13 @@ func storm(t *testing.T, d *dice, m *running, nodes map[string]*fakeNode) {
 		})
 	}
 	group.Go(func() {
+		time.Sleep(time.Duration(d.n(20_000)) * time.Millisecond)
+		m.applyRuntime("python", 2, fmt.Sprintf("library%d", d.n(1000)))
+	})
+	group.Go(func() {
 		for range 10 {
 			time.Sleep(2 * time.Second)
+			m.checkIndex()
 			m.Scale(fmt.Sprintf("f%d", d.n(3)), d.n(8), "chance")
 		}
 	})
@@ -135,23 +147,28 @@ func settleDown(t *testing.T, m *running, nodes map[string]*fakeNode) {
 	time.Sleep(5 * time.Minute)
 	for name, n := range nodes {
 		n.check()
-		if w := n.in("*", warm); w < 3 || w > 6 {
-			t.Errorf("%s: %d warm, want 3 (at most twice that)", name, w)
+		if w, py := n.in("*", warm), n.booted("python"); w-py < 3 || w-py > 6 || py < 2 || py > 4 {
+			t.Errorf("%s: %d warm and %d of them python, want 3 and 2 (at most twice that)", name, w, py)
 		}
 		n.on(func() {
-			if n.most > 3+3+8+2 {
+			if n.most > 2*(3+3+8+2) {
 				t.Errorf("%s: %d instances were idle at once", name, n.most)
 			}
 		})
-		if rest := n.total() - n.in("*", warm) - n.in("*", serves); rest != 0 {
-			t.Errorf("%s: %d instances are neither warm nor serving: %v", name, rest, n.instances)
+		if rest := n.total() - n.in("*", warm) - n.in("*", serves) - n.in("*", frozen); rest != 0 {
+			t.Errorf("%s: %d instances are neither warm, serving nor frozen: %v", name, rest, n.instances)
 		}
 	}
+	m.checkIndex()
 	for f := range 3 {
 		name := fmt.Sprintf("f%d", f)
-		serve := 0
+		serve, kept := 0, 0
 		for _, n := range nodes {
 			serve += n.in(name, serves)
+			kept += n.in(name, frozen)
+		}
+		if kept > 1 {
+			t.Errorf("%s: %d are kept frozen", name, kept)
 		}
 		s := m.status(name)
 		if int(s.GetReady()) != serve || s.GetStarting() != 0 {
@@ -161,7 +178,7 @@ func settleDown(t *testing.T, m *running, nodes map[string]*fakeNode) {
 	}
 	time.Sleep(time.Minute)
 	for name, n := range nodes {
-		if n.in("*", serves) != 0 || n.total() != n.in("*", warm) {
+		if n.in("*", serves)+n.in("*", frozen) != 0 || n.total() != n.in("*", warm) {
 			t.Errorf("%s: %v are left", name, n.instances)
 		}
 	}

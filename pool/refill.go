@@ -1,73 +1,118 @@
 package pool
 
 import (
+	"cmp"
+	"slices"
 	"time"
 )
 
 const (
-	// demandParallel is how many sandboxes a node makes at once while allocations wait for them.
+	// demandParallel is how many Instances of a kind a node makes at once while allocations wait for them.
 	demandParallel = 4
 	// settle is how long refill keeps away from a node after an activation, so that the first request has it to itself; patience
-	// is how long it keeps away from one activation that does not end.
+	// is how long it keeps away from one activation that does not end, or lets one creation keep off the next.
 	settle   = 200 * time.Millisecond
 	patience = 2 * time.Second
 )
 
-// stock is what a decision about one node's pool needs to know of it.
-type stock struct {
+// shelf is what a decision about one node's pool needs to know of one kind of Instance.
+type shelf struct {
+	kind kind
+	// size is how many are wanted; demand is how many allocations wait for that the node is to make now.
+	size, demand int
 	// warm Instances to spare, and those that are being made.
 	warm, making int
+	// closed: none can be made now. retry is when creations may go on after failures.
+	closed bool
+	retry  time.Time
+}
+
+// stock is what it needs to know of the node.
+type stock struct {
+	shelves []shelf
+	// newest is when the last creation began that is still under way.
+	newest time.Time
 	// activating claims are under way on the node; began and ended are when the last one did.
 	activating   int
 	began, ended time.Time
-	// retry is when creations may go on after failures.
-	retry time.Time
 }
 
-// refillPlan is a number of Instances to make or to give up, and when to look again if that may change by time alone.
+// refillPlan is a number of Instances to make and to give up for each shelf, and when to look again if that may change by time alone.
 type refillPlan struct {
-	make, surplus int
+	make, surplus []int
 	again         time.Time
 }
 
-// refill keeps size Instances warm on a node. Those that allocations wait for (demand) come first and several at a time; the rest
-// comes one at a time, when no claim is under way. What is being made counts, so that it never makes too many. More than
-// twice the size are too many: some may stay that were made for callers who went away.
-func refill(now time.Time, size, demand int, s stock) refillPlan {
-	if s.warm > 2*size && demand == 0 {
-		return refillPlan{surplus: s.warm - size}
+// refill keeps the wanted number of each kind warm on a node. Those that allocations wait for (demand) come first and several at a
+// time; the rest comes one at a time over all kinds, the emptiest first, when no claim is under way. What is being made counts, so
+// that it never makes too many. More than twice the size are too many: some may stay that were made for callers who went away.
+// One that cannot be made, or takes long, does not keep the others waiting.
+func refill(now time.Time, s stock) refillPlan {
+	p := refillPlan{make: make([]int, len(s.shelves)), surplus: make([]int, len(s.shelves))}
+	busy := false
+	for n, k := range s.shelves {
+		switch {
+		case k.warm > 2*k.size && k.demand == 0:
+			p.surplus[n] = k.warm - k.size
+		case k.demand <= 0 || k.closed:
+		case now.Before(k.retry):
+			p.at(k.retry)
+		default:
+			p.make[n] = max(0, min(k.demand-k.making, demandParallel-k.making))
+			busy = busy || p.make[n] > 0
+		}
 	}
-	wanted := demand
-	if wanted <= 0 {
-		wanted = size - s.warm
+	if busy {
+		return p
 	}
-	if wanted -= s.making; wanted <= 0 {
-		return refillPlan{}
-	}
-	if now.Before(s.retry) {
-		return refillPlan{again: s.retry}
-	}
-	if demand > 0 {
-		return refillPlan{make: max(0, min(wanted, demandParallel-s.making))}
-	}
-	if s.making > 0 {
-		return refillPlan{}
+	next := p.emptiest(now, s.shelves)
+	if next < 0 {
+		return p
 	}
 	if at := quiet(s); now.Before(at) {
-		return refillPlan{again: at}
+		p.at(at)
+		return p
 	}
-	return refillPlan{make: 1}
+	p.make[next] = 1
+	return p
 }
 
-// quiet is when refill may begin beside the claims of a node.
-func quiet(s stock) time.Time {
-	if s.activating > 0 {
-		return s.began.Add(patience)
+// emptiest is the shelf that lacks the largest part of what is wanted of it, or -1.
+func (p *refillPlan) emptiest(now time.Time, shelves []shelf) int {
+	best, least := -1, 1.0
+	for n, k := range shelves {
+		if k.closed || k.demand > 0 || k.making > 0 || k.warm >= k.size {
+			continue
+		}
+		if now.Before(k.retry) {
+			p.at(k.retry)
+			continue
+		}
+		if full := float64(k.warm) / float64(k.size); full < least {
+			best, least = n, full
+		}
 	}
-	if s.ended.IsZero() {
-		return time.Time{}
+	return best
+}
+
+func (p *refillPlan) at(t time.Time) {
+	if p.again.IsZero() || t.Before(p.again) {
+		p.again = t
 	}
-	return s.ended.Add(settle)
+}
+
+// quiet is when refill may begin beside the claims and the creations of a node.
+func quiet(s stock) (at time.Time) {
+	switch {
+	case s.activating > 0:
+		at = s.began.Add(patience)
+	case !s.ended.IsZero():
+		at = s.ended.Add(settle)
+	}
+	if !s.newest.IsZero() {
+		at = slices.MaxFunc([]time.Time{at, s.newest.Add(patience)}, time.Time.Compare)
+	}
+	return at
 }
 
 // spread divides need over nodes: each next one goes to the node that makes and holds least.
@@ -76,7 +121,7 @@ func spread(need int, nodes map[string]int) map[string]int {
 	for ; need > 0 && len(nodes) > 0; need-- {
 		least := ""
 		for name, load := range nodes {
-			if least == "" || load+out[name] < nodes[least]+out[least] || load+out[name] == nodes[least]+out[least] && name < least {
+			if least == "" || cmp.Or(cmp.Compare(load+out[name], nodes[least]+out[least]), cmp.Compare(name, least)) < 0 {
 				least = name
 			}
 		}

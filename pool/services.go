@@ -17,6 +17,7 @@ import (
 var (
 	_ hearthv1connect.AllocationServiceHandler = (*Manager)(nil)
 	_ hearthv1connect.FunctionServiceHandler   = (*Manager)(nil)
+	_ hearthv1connect.RuntimeServiceHandler    = (*Manager)(nil)
 )
 
 // Allocate is AllocationService's.
@@ -95,7 +96,7 @@ func (m *Manager) releaseAll(r *hearthv1.ReleaseRequest) (instances []*instance,
 			instances = m.of(name)
 		}
 		for _, i := range instances {
-			m.release(now, i)
+			m.release(now, i, toDiscard)
 		}
 	})
 	return instances, revision, err

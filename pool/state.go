@@ -9,9 +9,12 @@ import (
 // instance is what is known of one Instance. Guarded by Manager.mu, as everything in this file.
 type instance struct {
 	id, node string
-	// state is the node's last word, and only grows.
+	// state is the node's newest word, by version; a node without versions is believed only to go forward.
 	state    hearthv1.State
+	version  int64
 	degree   hearthv1.Degree
+	kind     kind // of Runtime that is booted in it
+	memory   int64
 	address  string
 	claim    *hearthv1.Claim
 	function string
@@ -19,27 +22,49 @@ type instance struct {
 	created  time.Time
 	// session is the node's stream in which it was seen last; 0 is never.
 	session int
-	// making is true while our CreateInstance is under way.
+	// making is true while our CreateInstance is under way, which began at begun.
 	making bool
-	// by is the allocation that an Activate is under way for.
-	by *allocation
-	// refused: the node did not give it to us although it looked Warm. limbo: the outcome of a claim on it is unknown. Either ends
+	begun  time.Time
+	// freezing is true while our Freeze is under way.
+	freezing bool
+	// by is the allocation that an Activate is under way for, which began when session was claimedIn.
+	by        *allocation
+	claimedIn int
+	// refused: the node did not give it to us although it looked free. limbo: the outcome of a claim on it is unknown. Either ends
 	// with the node's next word, or at until.
 	refused, limbo bool
 	until          time.Time
-	// warm and serving are when it became so, as seen from here.
-	warm, serving time.Time
-	drain         *drain
-	discard       *discard
-	gone          chan struct{} // closed when it is removed
+	// serving and frozen are when it became so, as seen from here.
+	serving, frozen time.Time
+	drain           *drain
+	discard         *discard
+	gone            chan struct{} // closed when it is removed
+	at              position      // in Manager.index
 }
 
-// drain is the orderly end of an Instance that serves.
+// kind is what a warm Instance is good for: a Runtime of one generation, or as the zero value a sandbox, which is good for all.
+type kind struct {
+	runtime    string
+	generation int64
+}
+
+// drain is the orderly end of an Instance's traffic.
 type drain struct {
 	version  int64 // of the first Endpoints event that says so; 0 is not sent yet
 	began    time.Time
 	deadline time.Time
+	end      end
 }
+
+// end is what becomes of an Instance that has no requests any more.
+type end int
+
+const (
+	// toDiscard ends it: somebody gave it up, or it is outdated.
+	toDiscard end = iota
+	// toFreeze keeps it frozen, if its Function may have another: it is not needed now.
+	toFreeze
+)
 
 // discard is the decision that an Instance ends, carried out until the node agrees.
 type discard struct {
@@ -52,6 +77,11 @@ type discard struct {
 // spare: nobody has it, and it may be claimed if its node is there.
 func (i *instance) spare() bool {
 	return i.state == hearthv1.State_STATE_WARM && i.by == nil && i.discard == nil && !i.limbo
+}
+
+// asleep: it is frozen, and may be claimed for its own Revision if its node is there.
+func (i *instance) asleep() bool {
+	return i.state == hearthv1.State_STATE_FROZEN && i.by == nil && i.drain == nil && i.discard == nil && !i.freezing && !i.limbo
 }
 
 // routable: gateways may send it requests.
@@ -77,24 +107,47 @@ type node struct {
 	session int
 	synced  bool
 	// since is when it was last lost; zero while it is synced.
-	since time.Time
-	// creations that failed in a row, and until when none is begun.
-	failures int
-	retry    time.Time
-	lastErr  string
-	// quiet is when the last activation began or ended.
+	since    time.Time
+	supplies map[string]*supply // by Runtime; "" is that of sandboxes
+	// began and ended are when the last activation did.
 	began, ended time.Time
 	prepares     map[string]*prepare // by Revision
 }
 
+// supply is how making Instances of one kind goes on a node: a Runtime that does not boot must not stop the others.
+type supply struct {
+	// creations that failed in a row, and until when none is begun.
+	failures int
+	retry    time.Time
+	lastErr  string
+}
+
+func (n *node) supply(runtime string) *supply {
+	s := n.supplies[runtime]
+	if s == nil {
+		s = &supply{}
+		n.supplies[runtime] = s
+	}
+	return s
+}
+
+func (s *supply) failed(now time.Time, err error) {
+	s.failures++
+	s.lastErr = message(err)
+	s.retry = now.Add(backoff(s.failures, 200*time.Millisecond, 5*time.Second))
+}
+
 // function is a deployed Function.
 type function struct {
-	name     string
-	spec     *hearthv1.FunctionSpec
-	scaling  bounds
-	status   *hearthv1.FunctionStatus // generation, times; the rest is made when asked for
-	serial   int64
+	name    string
+	spec    *hearthv1.FunctionSpec
+	public  *hearthv1.FunctionSpec // spec without the values of its secrets
+	scaling bounds
+	status  *hearthv1.FunctionStatus // generation, times; the rest is made when asked for
+	serial  int64
+	// revision names its Runtime only; what nodes are given has all of it: see Manager.complete.
 	revision *hearthv1.Revision
+	complete *hearthv1.Revision
 	old      map[string]*hearthv1.Revision // whose prepared snapshots are still on nodes
 	deleting bool
 	desired  int
@@ -103,14 +156,13 @@ type function struct {
 	failures int
 	retry    time.Time
 	lastErr  string
-	// version of the last Endpoints event; dirty asks for another.
+	// version of the last Endpoints event; Manager.changed has those that need another.
 	version int64
-	dirty   bool
 	gone    chan struct{} // closed when a deletion is complete
 }
 
-// bounds are a Function's min and max with defaults filled in.
-type bounds struct{ min, max int }
+// bounds are numbers of a Function's Instances, with defaults filled in.
+type bounds struct{ min, max, frozen int }
 
 // allocation is one call of Allocate, or one Instance that the scaler or the reserved minimum wants.
 type allocation struct {
@@ -125,6 +177,7 @@ type allocation struct {
 	claim        *hearthv1.Claim // of the last attempt
 	chosen       time.Time
 	inst         *instance
+	thaws        bool // inst was frozen when it was chosen
 	// done is closed when response or err is set, at ended.
 	done     chan struct{}
 	response *hearthv1.AllocateResponse

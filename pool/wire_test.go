@@ -39,6 +39,11 @@ func (s server) Activate(ctx context.Context, r *connect.Request[hearthv1.Activa
 	return respond(m, err)
 }
 
+func (s server) Freeze(ctx context.Context, r *connect.Request[hearthv1.FreezeRequest]) (*connect.Response[hearthv1.FreezeResponse], error) {
+	i, err := s.n.Freeze(ctx, r.Msg)
+	return respond(&hearthv1.FreezeResponse{Instance: i}, err)
+}
+
 func (s server) Discard(ctx context.Context, r *connect.Request[hearthv1.DiscardRequest]) (*connect.Response[hearthv1.DiscardResponse], error) {
 	return respond(&hearthv1.DiscardResponse{}, s.n.Discard(ctx, r.Msg))
 }
@@ -113,7 +118,7 @@ func TestOverTheWire(t *testing.T) {
 	}
 	cancel()
 	_ = stream.Close()
-	for i, call := range []error{wire(m.List), wire(m.ListInstances)} {
+	for i, call := range []error{wire(m.List), wire(m.ListInstances), wire(m.ListRuntimes)} {
 		if call != nil {
 			t.Errorf("%d: %v", i, call)
 		}

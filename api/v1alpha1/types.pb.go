@@ -270,7 +270,8 @@ type Runtime struct {
 	// Warm is how many booted Instances wait on each node; 0 boots one only when a Function asks.
 	Warm int32 `protobuf:"varint,5,opt,name=warm,proto3" json:"warm,omitempty"`
 	// Generation counts accepted changes, from 1; poolmanager sets it. Instances of an older one are replaced.
-	Generation    int64 `protobuf:"varint,6,opt,name=generation,proto3" json:"generation,omitempty"`
+	Generation    int64          `protobuf:"varint,6,opt,name=generation,proto3" json:"generation,omitempty"`
+	Status        *RuntimeStatus `protobuf:"bytes,7,opt,name=status,proto3" json:"status,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -347,6 +348,68 @@ func (x *Runtime) GetGeneration() int64 {
 	return 0
 }
 
+func (x *Runtime) GetStatus() *RuntimeStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+// RuntimeStatus is what poolmanager says of a Runtime when it lists it.
+type RuntimeStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Warm Instances of the present generation that wait, on all nodes.
+	Warm int32 `protobuf:"varint,1,opt,name=warm,proto3" json:"warm,omitempty"`
+	// Error says why one last did not boot, and on which node; empty when they boot.
+	Error         string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RuntimeStatus) Reset() {
+	*x = RuntimeStatus{}
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RuntimeStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RuntimeStatus) ProtoMessage() {}
+
+func (x *RuntimeStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RuntimeStatus.ProtoReflect.Descriptor instead.
+func (*RuntimeStatus) Descriptor() ([]byte, []int) {
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RuntimeStatus) GetWarm() int32 {
+	if x != nil {
+		return x.Warm
+	}
+	return 0
+}
+
+func (x *RuntimeStatus) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 // Code is what a Function runs in a Runtime.
 type Code struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -361,7 +424,7 @@ type Code struct {
 
 func (x *Code) Reset() {
 	*x = Code{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[2]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -373,7 +436,7 @@ func (x *Code) String() string {
 func (*Code) ProtoMessage() {}
 
 func (x *Code) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[2]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -386,7 +449,7 @@ func (x *Code) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Code.ProtoReflect.Descriptor instead.
 func (*Code) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{2}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Code) GetPackage() string {
@@ -431,7 +494,8 @@ type FunctionSpec struct {
 	// Runtime by name, and the code that runs in it. Both or neither.
 	Runtime string `protobuf:"bytes,10,opt,name=runtime,proto3" json:"runtime,omitempty"`
 	Code    *Code  `protobuf:"bytes,11,opt,name=code,proto3" json:"code,omitempty"`
-	// Secrets are files that the process finds below /run/secrets, in memory only.
+	// Secrets are files that the process finds below /run/secrets, in memory only. Whoever asks for a Function gets their names alone;
+	// a name that is applied with an empty value keeps the value that it has.
 	Secrets       map[string][]byte `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -439,7 +503,7 @@ type FunctionSpec struct {
 
 func (x *FunctionSpec) Reset() {
 	*x = FunctionSpec{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[3]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -451,7 +515,7 @@ func (x *FunctionSpec) String() string {
 func (*FunctionSpec) ProtoMessage() {}
 
 func (x *FunctionSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[3]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -464,7 +528,7 @@ func (x *FunctionSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FunctionSpec.ProtoReflect.Descriptor instead.
 func (*FunctionSpec) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{3}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *FunctionSpec) GetImage() string {
@@ -575,7 +639,7 @@ type Scaling struct {
 
 func (x *Scaling) Reset() {
 	*x = Scaling{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[4]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -587,7 +651,7 @@ func (x *Scaling) String() string {
 func (*Scaling) ProtoMessage() {}
 
 func (x *Scaling) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[4]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -600,7 +664,7 @@ func (x *Scaling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scaling.ProtoReflect.Descriptor instead.
 func (*Scaling) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{4}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Scaling) GetConcurrency() int32 {
@@ -663,7 +727,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[5]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -675,7 +739,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[5]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -688,7 +752,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{5}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Resources) GetMemoryBytes() int64 {
@@ -726,7 +790,7 @@ type FunctionStatus struct {
 
 func (x *FunctionStatus) Reset() {
 	*x = FunctionStatus{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[6]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +802,7 @@ func (x *FunctionStatus) String() string {
 func (*FunctionStatus) ProtoMessage() {}
 
 func (x *FunctionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[6]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +815,7 @@ func (x *FunctionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FunctionStatus.ProtoReflect.Descriptor instead.
 func (*FunctionStatus) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{6}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *FunctionStatus) GetGeneration() int64 {
@@ -835,7 +899,7 @@ type Revision struct {
 
 func (x *Revision) Reset() {
 	*x = Revision{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[7]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -847,7 +911,7 @@ func (x *Revision) String() string {
 func (*Revision) ProtoMessage() {}
 
 func (x *Revision) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[7]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -860,7 +924,7 @@ func (x *Revision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revision.ProtoReflect.Descriptor instead.
 func (*Revision) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{7}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Revision) GetName() string {
@@ -962,7 +1026,7 @@ type Claim struct {
 
 func (x *Claim) Reset() {
 	*x = Claim{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[8]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -974,7 +1038,7 @@ func (x *Claim) String() string {
 func (*Claim) ProtoMessage() {}
 
 func (x *Claim) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[8]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -987,7 +1051,7 @@ func (x *Claim) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Claim.ProtoReflect.Descriptor instead.
 func (*Claim) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{8}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Claim) GetId() string {
@@ -1038,7 +1102,7 @@ type Instance struct {
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[9]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1050,7 +1114,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[9]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1063,7 +1127,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{9}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Instance) GetId() string {
@@ -1174,7 +1238,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[10]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1250,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_hearth_v1alpha1_types_proto_msgTypes[10]
+	mi := &file_hearth_v1alpha1_types_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1263,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{10}
+	return file_hearth_v1alpha1_types_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Phase) GetName() string {
@@ -1238,7 +1302,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\bFunction\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1d.hearth.v1alpha1.FunctionSpecR\x04spec\x127\n" +
-	"\x06status\x18\x03 \x01(\v2\x1f.hearth.v1alpha1.FunctionStatusR\x06status\"\xee\x01\n" +
+	"\x06status\x18\x03 \x01(\v2\x1f.hearth.v1alpha1.FunctionStatusR\x06status\"\xa6\x02\n" +
 	"\aRuntime\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x18\n" +
@@ -1247,10 +1311,14 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x04warm\x18\x05 \x01(\x05R\x04warm\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x06 \x01(\x03R\n" +
-	"generation\x1a6\n" +
+	"generation\x126\n" +
+	"\x06status\x18\a \x01(\v2\x1e.hearth.v1alpha1.RuntimeStatusR\x06status\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"t\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"9\n" +
+	"\rRuntimeStatus\x12\x12\n" +
+	"\x04warm\x18\x01 \x01(\x05R\x04warm\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\"t\n" +
 	"\x04Code\x12\x18\n" +
 	"\apackage\x18\x01 \x01(\tR\apackage\x12\x18\n" +
 	"\ahandler\x18\x02 \x01(\tR\ahandler\x128\n" +
@@ -1379,63 +1447,65 @@ func file_hearth_v1alpha1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_hearth_v1alpha1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_hearth_v1alpha1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_hearth_v1alpha1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_hearth_v1alpha1_types_proto_goTypes = []any{
 	(Signature)(0),                // 0: hearth.v1alpha1.Signature
 	(State)(0),                    // 1: hearth.v1alpha1.State
 	(Degree)(0),                   // 2: hearth.v1alpha1.Degree
 	(*Function)(nil),              // 3: hearth.v1alpha1.Function
 	(*Runtime)(nil),               // 4: hearth.v1alpha1.Runtime
-	(*Code)(nil),                  // 5: hearth.v1alpha1.Code
-	(*FunctionSpec)(nil),          // 6: hearth.v1alpha1.FunctionSpec
-	(*Scaling)(nil),               // 7: hearth.v1alpha1.Scaling
-	(*Resources)(nil),             // 8: hearth.v1alpha1.Resources
-	(*FunctionStatus)(nil),        // 9: hearth.v1alpha1.FunctionStatus
-	(*Revision)(nil),              // 10: hearth.v1alpha1.Revision
-	(*Claim)(nil),                 // 11: hearth.v1alpha1.Claim
-	(*Instance)(nil),              // 12: hearth.v1alpha1.Instance
-	(*Phase)(nil),                 // 13: hearth.v1alpha1.Phase
-	nil,                           // 14: hearth.v1alpha1.Runtime.EnvEntry
-	nil,                           // 15: hearth.v1alpha1.FunctionSpec.EnvEntry
-	nil,                           // 16: hearth.v1alpha1.FunctionSpec.SecretsEntry
-	nil,                           // 17: hearth.v1alpha1.Revision.EnvEntry
-	nil,                           // 18: hearth.v1alpha1.Revision.SecretsEntry
-	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(*RuntimeStatus)(nil),         // 5: hearth.v1alpha1.RuntimeStatus
+	(*Code)(nil),                  // 6: hearth.v1alpha1.Code
+	(*FunctionSpec)(nil),          // 7: hearth.v1alpha1.FunctionSpec
+	(*Scaling)(nil),               // 8: hearth.v1alpha1.Scaling
+	(*Resources)(nil),             // 9: hearth.v1alpha1.Resources
+	(*FunctionStatus)(nil),        // 10: hearth.v1alpha1.FunctionStatus
+	(*Revision)(nil),              // 11: hearth.v1alpha1.Revision
+	(*Claim)(nil),                 // 12: hearth.v1alpha1.Claim
+	(*Instance)(nil),              // 13: hearth.v1alpha1.Instance
+	(*Phase)(nil),                 // 14: hearth.v1alpha1.Phase
+	nil,                           // 15: hearth.v1alpha1.Runtime.EnvEntry
+	nil,                           // 16: hearth.v1alpha1.FunctionSpec.EnvEntry
+	nil,                           // 17: hearth.v1alpha1.FunctionSpec.SecretsEntry
+	nil,                           // 18: hearth.v1alpha1.Revision.EnvEntry
+	nil,                           // 19: hearth.v1alpha1.Revision.SecretsEntry
+	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
 }
 var file_hearth_v1alpha1_types_proto_depIdxs = []int32{
-	6,  // 0: hearth.v1alpha1.Function.spec:type_name -> hearth.v1alpha1.FunctionSpec
-	9,  // 1: hearth.v1alpha1.Function.status:type_name -> hearth.v1alpha1.FunctionStatus
-	14, // 2: hearth.v1alpha1.Runtime.env:type_name -> hearth.v1alpha1.Runtime.EnvEntry
-	0,  // 3: hearth.v1alpha1.Code.signature:type_name -> hearth.v1alpha1.Signature
-	15, // 4: hearth.v1alpha1.FunctionSpec.env:type_name -> hearth.v1alpha1.FunctionSpec.EnvEntry
-	7,  // 5: hearth.v1alpha1.FunctionSpec.scaling:type_name -> hearth.v1alpha1.Scaling
-	19, // 6: hearth.v1alpha1.FunctionSpec.timeout:type_name -> google.protobuf.Duration
-	8,  // 7: hearth.v1alpha1.FunctionSpec.resources:type_name -> hearth.v1alpha1.Resources
-	5,  // 8: hearth.v1alpha1.FunctionSpec.code:type_name -> hearth.v1alpha1.Code
-	16, // 9: hearth.v1alpha1.FunctionSpec.secrets:type_name -> hearth.v1alpha1.FunctionSpec.SecretsEntry
-	19, // 10: hearth.v1alpha1.Scaling.window:type_name -> google.protobuf.Duration
-	19, // 11: hearth.v1alpha1.Scaling.grace:type_name -> google.protobuf.Duration
-	20, // 12: hearth.v1alpha1.FunctionStatus.created_at:type_name -> google.protobuf.Timestamp
-	20, // 13: hearth.v1alpha1.FunctionStatus.updated_at:type_name -> google.protobuf.Timestamp
-	17, // 14: hearth.v1alpha1.Revision.env:type_name -> hearth.v1alpha1.Revision.EnvEntry
-	8,  // 15: hearth.v1alpha1.Revision.resources:type_name -> hearth.v1alpha1.Resources
-	4,  // 16: hearth.v1alpha1.Revision.runtime:type_name -> hearth.v1alpha1.Runtime
-	5,  // 17: hearth.v1alpha1.Revision.code:type_name -> hearth.v1alpha1.Code
-	18, // 18: hearth.v1alpha1.Revision.secrets:type_name -> hearth.v1alpha1.Revision.SecretsEntry
-	20, // 19: hearth.v1alpha1.Claim.deadline:type_name -> google.protobuf.Timestamp
-	1,  // 20: hearth.v1alpha1.Instance.state:type_name -> hearth.v1alpha1.State
-	2,  // 21: hearth.v1alpha1.Instance.degree:type_name -> hearth.v1alpha1.Degree
-	11, // 22: hearth.v1alpha1.Instance.claim:type_name -> hearth.v1alpha1.Claim
-	20, // 23: hearth.v1alpha1.Instance.created_at:type_name -> google.protobuf.Timestamp
-	19, // 24: hearth.v1alpha1.Phase.offset:type_name -> google.protobuf.Duration
-	19, // 25: hearth.v1alpha1.Phase.duration:type_name -> google.protobuf.Duration
-	19, // 26: hearth.v1alpha1.Phase.busy:type_name -> google.protobuf.Duration
-	27, // [27:27] is the sub-list for method output_type
-	27, // [27:27] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	7,  // 0: hearth.v1alpha1.Function.spec:type_name -> hearth.v1alpha1.FunctionSpec
+	10, // 1: hearth.v1alpha1.Function.status:type_name -> hearth.v1alpha1.FunctionStatus
+	15, // 2: hearth.v1alpha1.Runtime.env:type_name -> hearth.v1alpha1.Runtime.EnvEntry
+	5,  // 3: hearth.v1alpha1.Runtime.status:type_name -> hearth.v1alpha1.RuntimeStatus
+	0,  // 4: hearth.v1alpha1.Code.signature:type_name -> hearth.v1alpha1.Signature
+	16, // 5: hearth.v1alpha1.FunctionSpec.env:type_name -> hearth.v1alpha1.FunctionSpec.EnvEntry
+	8,  // 6: hearth.v1alpha1.FunctionSpec.scaling:type_name -> hearth.v1alpha1.Scaling
+	20, // 7: hearth.v1alpha1.FunctionSpec.timeout:type_name -> google.protobuf.Duration
+	9,  // 8: hearth.v1alpha1.FunctionSpec.resources:type_name -> hearth.v1alpha1.Resources
+	6,  // 9: hearth.v1alpha1.FunctionSpec.code:type_name -> hearth.v1alpha1.Code
+	17, // 10: hearth.v1alpha1.FunctionSpec.secrets:type_name -> hearth.v1alpha1.FunctionSpec.SecretsEntry
+	20, // 11: hearth.v1alpha1.Scaling.window:type_name -> google.protobuf.Duration
+	20, // 12: hearth.v1alpha1.Scaling.grace:type_name -> google.protobuf.Duration
+	21, // 13: hearth.v1alpha1.FunctionStatus.created_at:type_name -> google.protobuf.Timestamp
+	21, // 14: hearth.v1alpha1.FunctionStatus.updated_at:type_name -> google.protobuf.Timestamp
+	18, // 15: hearth.v1alpha1.Revision.env:type_name -> hearth.v1alpha1.Revision.EnvEntry
+	9,  // 16: hearth.v1alpha1.Revision.resources:type_name -> hearth.v1alpha1.Resources
+	4,  // 17: hearth.v1alpha1.Revision.runtime:type_name -> hearth.v1alpha1.Runtime
+	6,  // 18: hearth.v1alpha1.Revision.code:type_name -> hearth.v1alpha1.Code
+	19, // 19: hearth.v1alpha1.Revision.secrets:type_name -> hearth.v1alpha1.Revision.SecretsEntry
+	21, // 20: hearth.v1alpha1.Claim.deadline:type_name -> google.protobuf.Timestamp
+	1,  // 21: hearth.v1alpha1.Instance.state:type_name -> hearth.v1alpha1.State
+	2,  // 22: hearth.v1alpha1.Instance.degree:type_name -> hearth.v1alpha1.Degree
+	12, // 23: hearth.v1alpha1.Instance.claim:type_name -> hearth.v1alpha1.Claim
+	21, // 24: hearth.v1alpha1.Instance.created_at:type_name -> google.protobuf.Timestamp
+	20, // 25: hearth.v1alpha1.Phase.offset:type_name -> google.protobuf.Duration
+	20, // 26: hearth.v1alpha1.Phase.duration:type_name -> google.protobuf.Duration
+	20, // 27: hearth.v1alpha1.Phase.busy:type_name -> google.protobuf.Duration
+	28, // [28:28] is the sub-list for method output_type
+	28, // [28:28] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_hearth_v1alpha1_types_proto_init() }
@@ -1449,7 +1519,7 @@ func file_hearth_v1alpha1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hearth_v1alpha1_types_proto_rawDesc), len(file_hearth_v1alpha1_types_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   16,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

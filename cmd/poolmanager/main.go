@@ -1,5 +1,5 @@
-// Command poolmanager owns claims, warm pools, Functions and the scaling loop. It serves AllocationService, FunctionService and
-// LoadService on a Unix socket, and works on nodes through theirs.
+// Command poolmanager owns claims, warm pools, Functions, Runtimes and the scaling loop. It serves AllocationService, FunctionService,
+// RuntimeService and LoadService on a Unix socket, and works on nodes through theirs.
 package main
 
 import (
@@ -31,6 +31,8 @@ type options struct {
 	nodeSockets  []string
 	store        string
 	poolSize     int
+	claims       int
+	frozenTTL    time.Duration
 	snapshots    int
 	nodeTimeout  time.Duration
 	drainTimeout time.Duration
@@ -43,7 +45,9 @@ func main() {
 		Name:  "poolmanager",
 		Short: "own claims, warm pools, functions and scaling",
 		Long: "poolmanager keeps warm instances on every node, hands them to gateways, keeps functions, and scales them.\n" +
-			"Functions are in the store and survive everything; claims and instances are known to the nodes.",
+			"A start takes the warmest that there is: an instance of the function that was frozen when it was not needed, one in which\n" +
+			"its runtime is booted (`hearth runtime apply NAME --warm N`), an empty sandbox (--pool-size), or a new one.\n" +
+			"Functions and runtimes are in the store and survive everything; claims and instances are known to the nodes.",
 		Flags: o.flags,
 		Run:   o.run,
 	}))
@@ -53,7 +57,9 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.rpcSocket, "rpc-socket", "/run/hearth/pool.sock", "Unix socket to serve on")
 	f.StringArrayVar(&o.nodeSockets, "node-socket", []string{"node=/run/hearth/node.sock"}, "NAME=PATH of a nodeagent's socket; may be repeated")
 	f.StringVar(&o.store, "store", "/var/lib/hearth/pool.db", "file of functions; made if there is none")
-	f.IntVar(&o.poolSize, "pool-size", pool.DefaultPoolSize, "warm instances that each node keeps")
+	f.IntVar(&o.poolSize, "pool-size", pool.DefaultPoolSize, "empty sandboxes that each node keeps, for images and for runtimes of which none is booted; runtimes have their own number")
+	f.IntVar(&o.claims, "claims-per-node", pool.DefaultClaimsPerNode, "starts that may be under way on a node at once, three quarters of them of one function; lower it where starts slow each other down")
+	f.DurationVar(&o.frozenTTL, "frozen-ttl", time.Hour, "how long an instance that is not needed stays frozen, for a start within milliseconds; 0 freezes none, which saves their memory")
 	f.IntVar(&o.snapshots, "snapshots", 0, "snapshots of each revision that a node keeps prepared; 0 is the default, negative is none")
 	f.DurationVar(&o.nodeTimeout, "node-timeout", 30*time.Second, "how long the instances of a node that cannot be reached get traffic")
 	f.DurationVar(&o.drainTimeout, "drain-timeout", 30*time.Second, "bound of a drain, on top of the function's own timeout")
@@ -88,7 +94,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) (err error) {
 	defer func() { err = errors.Join(err, db.Close()) }()
 	manager, err := pool.New(pool.Config{
 		Nodes: nodes, Store: db, PoolSize: withNone(o.poolSize), Snapshots: o.snapshots, NodeTimeout: o.nodeTimeout,
-		DrainTimeout: o.drainTimeout, Logger: rt.Log, Registerer: rt.Registry,
+		ClaimsPerNode: o.claims, FrozenTTL: withNone(o.frozenTTL), DrainTimeout: o.drainTimeout, Logger: rt.Log, Registerer: rt.Registry,
 		Ready: func(err error) { rt.Ready.Set("nodes", err) },
 	})
 	if err != nil {
@@ -102,6 +108,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) (err error) {
 	bound := connect.WithReadMaxBytes(maxRequestBytes)
 	mux.Handle(hearthv1connect.NewAllocationServiceHandler(manager, bound))
 	mux.Handle(hearthv1connect.NewFunctionServiceHandler(manager, bound))
+	mux.Handle(hearthv1connect.NewRuntimeServiceHandler(manager, bound))
 	mux.Handle(hearthv1connect.NewLoadServiceHandler(loop, bound))
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -112,7 +119,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) (err error) {
 }
 
 // withNone: zero of the flag means none, zero of the Config means the default.
-func withNone(n int) int {
+func withNone[N int | time.Duration](n N) N {
 	if n == 0 {
 		return -1
 	}

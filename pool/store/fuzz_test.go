@@ -27,3 +27,24 @@ func FuzzDecodeRecord(f *testing.F) {
 		}
 	})
 }
+
+func FuzzDecodeRuntime(f *testing.F) {
+	value, image, err := encodeRuntime(Runtime{Name: "a", Generation: 3, Image: "i@sha256:1", Applied: &hearthv1.Runtime{Name: "a", Image: "i"}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add("a", value, image)
+	f.Add("b", value, image)
+	f.Add("a", value[:3], []byte(nil))
+	f.Fuzz(func(t *testing.T, name string, value, image []byte) {
+		for _, sealed := range []bool{false, true} {
+			if sealed { // past the checksum
+				value, image = seal(value), seal(image)
+			}
+			r, err := decodeRuntime(name, value, image)
+			if err == nil && (r.Name != name || r.Generation < 1 || r.Applied != nil && (r.Applied.GetName() != name || r.Applied.GetImage() == "")) {
+				t.Errorf("accepted %v", r)
+			}
+		}
+	})
+}

@@ -1,4 +1,4 @@
-// Package store keeps on disk what poolmanager must not forget: Functions, their current Revisions, the number of the last
+// Package store keeps on disk what poolmanager must not forget: Functions, their current Revisions, Runtimes, the number of the last
 // Revision of every name that was ever used, and the term (epoch). Claims and Instances are not here: the nodes know them.
 //
 // It is bbolt because that is one file without a server, whose commit is one fsync'ed page that either counts or does not:
@@ -36,6 +36,8 @@ var (
 	functionBucket = []byte("functions")
 	revisionBucket = []byte("revisions")
 	serialBucket   = []byte("serials")
+	runtimeBucket  = []byte("runtimes")
+	imageBucket    = []byte("runtime-images")
 	formatKey      = []byte("format")
 	epochKey       = []byte("epoch")
 )
@@ -86,8 +88,11 @@ func (s *Store) prepare() error {
 	if _, err := s.Records(); err != nil {
 		return err
 	}
+	if _, err := s.Runtimes(); err != nil {
+		return err
+	}
 	return s.update(func(tx *bbolt.Tx) error {
-		for _, name := range [][]byte{metaBucket, functionBucket, revisionBucket, serialBucket} {
+		for _, name := range [][]byte{metaBucket, functionBucket, revisionBucket, serialBucket, runtimeBucket, imageBucket} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return fmt.Errorf("make bucket %s: %w", name, err)
 			}

@@ -79,6 +79,36 @@ func TestKeepsWhatItWasGiven(t *testing.T) {
 	}
 }
 
+func TestKeepsRuntimes(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pool.db")
+	s := open(t, path)
+	python := store.Runtime{Name: "python", Generation: 3, Image: "python@sha256:1",
+		Applied: &hearthv1.Runtime{Name: "python", Image: "python:1", Preload: []string{"numpy"}, Warm: 2, Generation: 3}}
+	for _, r := range []store.Runtime{{Name: "node", Generation: 7, Applied: &hearthv1.Runtime{Name: "node", Image: "node"}}, python, {Name: "node", Generation: 7}} {
+		if err := s.PutRuntime(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, bad := range []store.Runtime{{}, {Name: "x"}, {Name: "x", Generation: 1, Applied: &hearthv1.Runtime{Name: "y", Image: "a"}}} {
+		if s.PutRuntime(bad) == nil {
+			t.Errorf("%v was stored", bad)
+		}
+	}
+	shut(t, s)
+	s = open(t, path)
+	defer shut(t, s)
+	got, err := s.Runtimes()
+	if err != nil || len(got) != 2 {
+		t.Fatalf("%v %v", got, err)
+	}
+	if got[0].Name != "node" || got[0].Generation != 7 || got[0].Applied != nil {
+		t.Errorf("what was deleted: %v", got[0])
+	}
+	if got[1].Image != python.Image || got[1].Generation != 3 || !proto.Equal(got[1].Applied, python.Applied) {
+		t.Errorf("python: %v", got[1])
+	}
+}
+
 func TestTermsOnlyGrow(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pool.db")
 	var last int64

@@ -1,0 +1,109 @@
+package pool
+
+import (
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+)
+
+// set of Instances.
+type set map[*instance]struct{}
+
+// place is where spare Instances of a kind are.
+type place struct {
+	node string
+	kind kind
+}
+
+// position says which sets of the index an Instance is in. It follows from the Instance and its Function alone.
+type position struct {
+	function string // whose it is, or is about to be
+	spare    place
+	isSpare  bool
+	frozen   bool
+	restless bool // something is under way with it, or it has an end
+	outdated bool // it serves a Revision that was replaced
+}
+
+// index finds Instances without looking at all of them: most stand still while a few are claimed. Whoever changes an Instance calls
+// Manager.place afterwards. Guarded by Manager.mu.
+type index struct {
+	functions                  map[string]set
+	spare                      map[place]set
+	frozen, restless, outdated set
+}
+
+func newIndex() index {
+	return index{functions: map[string]set{}, spare: map[place]set{}, frozen: set{}, restless: set{}, outdated: set{}}
+}
+
+// position of an Instance that is known; the zero value is that of one that is not.
+func (m *Manager) position(i *instance) position {
+	if m.instances[i.id] != i {
+		return position{}
+	}
+	p := position{
+		restless: i.by != nil || i.making || i.freezing || i.refused || i.limbo || i.drain != nil || i.discard != nil ||
+			i.state <= hearthv1.State_STATE_CREATING || i.state == hearthv1.State_STATE_CLAIMED,
+	}
+	if i.state == hearthv1.State_STATE_GONE {
+		return p
+	}
+	if p.function = i.function; p.function == "" && i.by != nil {
+		p.function = i.by.function
+	}
+	if p.isSpare = i.spare(); p.isSpare {
+		p.spare = place{i.node, i.kind}
+	}
+	p.frozen = i.state == hearthv1.State_STATE_FROZEN
+	f := m.functions[i.function]
+	p.outdated = f != nil && i.routable() && i.revision != f.revision.GetName()
+	return p
+}
+
+// place brings the index up to date with an Instance.
+func (m *Manager) place(i *instance) {
+	to := m.position(i)
+	if to == i.at {
+		return
+	}
+	x := &m.index
+	move(x.functions, i.at.function, to.function, i.at.function != "", to.function != "", i)
+	move(x.spare, i.at.spare, to.spare, i.at.isSpare, to.isSpare, i)
+	x.frozen.put(i, to.frozen)
+	x.restless.put(i, to.restless)
+	x.outdated.put(i, to.outdated)
+	i.at = to
+}
+
+func (s set) put(i *instance, in bool) {
+	if in {
+		s[i] = struct{}{}
+		return
+	}
+	delete(s, i)
+}
+
+func move[K comparable](sets map[K]set, from, to K, was, is bool, i *instance) {
+	if was {
+		if delete(sets[from], i); len(sets[from]) == 0 {
+			delete(sets, from)
+		}
+	}
+	if is {
+		if sets[to] == nil {
+			sets[to] = set{}
+		}
+		sets[to][i] = struct{}{}
+	}
+}
+
+// add takes in a new Instance.
+func (m *Manager) add(i *instance) {
+	m.instances[i.id] = i
+	m.place(i)
+}
+
+// drop forgets one.
+func (m *Manager) drop(i *instance) {
+	delete(m.instances, i.id)
+	m.place(i)
+}
