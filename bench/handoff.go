@@ -202,6 +202,9 @@ func (h *handoff) tell(c handoffCase) {
 	}
 }
 
+// errMissing says that this build cannot do what is to be measured.
+var errMissing = errors.New("this build cannot do it yet")
+
 // lastByte is the metric that systems are compared by.
 const lastByte = "last_byte"
 
@@ -357,8 +360,8 @@ func (h *handoff) freeze(ctx context.Context, functions []string) (map[string]bo
 			held[i.GetFunction()] = i.GetState()
 		}
 		for _, f := range functions {
-			if held[f] == hearthv1.State_STATE_UNSPECIFIED || held[f] == hearthv1.State_STATE_DRAINING {
-				return false, fmt.Errorf("the instance of %s that nobody asked any more is discarded: this build does not freeze Revisions", f)
+			if held[f] == hearthv1.State_STATE_UNSPECIFIED {
+				return false, fmt.Errorf("%w: the instance of %s that nobody asked any more is discarded and not frozen", errMissing, f)
 			}
 			if held[f] != hearthv1.State_STATE_FROZEN {
 				return false, nil

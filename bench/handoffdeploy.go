@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -66,14 +67,16 @@ func (h *handoff) deploy(ctx context.Context, c handoffCase) (functions []string
 func (h *handoff) deployCode(ctx context.Context, c handoffCase, function string) (*hearthv1.FunctionSpec, error) {
 	name := "runtime-" + c.runtime
 	if !slices.Contains(images.Names(), name) {
-		return nil, fmt.Errorf("there is no sample image %s, a loader of %s: this build has no such runtime", name, c.runtime)
+		return nil, fmt.Errorf("%w: there is no sample image %s, with a loader of %s", errMissing, name, c.runtime)
 	}
 	dir, err := os.MkdirTemp(h.dir, "code-")
 	if err != nil {
 		return nil, fmt.Errorf("make a folder for code: %w", err)
 	}
 	defer os.RemoveAll(dir)
-	if err := images.Handler(ctx, c.runtime, dir); err != nil {
+	if err := images.Handler(ctx, c.runtime, dir); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", errMissing, err)
+	} else if err != nil {
 		return nil, err
 	}
 	ref, err := h.o.push(ctx, h.stack.status.Registry, name)
@@ -102,13 +105,20 @@ func (h *handoff) deployCode(ctx context.Context, c handoffCase, function string
 	return got.Msg.GetFunction().GetSpec(), nil
 }
 
+// exitUsage is hearth's exit code when it does not know the words of a command.
+const exitUsage = 2
+
 // hearthCommand is what a user types.
 func (h *handoff) hearthCommand(ctx context.Context, args ...string) error {
 	cmd := exec.CommandContext(ctx, filepath.Join(h.o.Bin, "hearth"), append(args, "--run", h.stack.status.Run)...)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("hearth %s: %w: %s", strings.Join(args[:2], " "), err, strings.TrimSpace(string(out)))
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		return nil
 	}
-	return nil
+	if cmd.ProcessState != nil && cmd.ProcessState.ExitCode() == exitUsage {
+		err = errors.Join(errMissing, err)
+	}
+	return fmt.Errorf("hearth %s: %w: %s", strings.Join(args[:2], " "), err, strings.TrimSpace(string(out)))
 }
 
 // retire deletes the case's Functions and its Runtime, and waits until nothing of them is left.

@@ -17,7 +17,7 @@ func Handler(ctx context.Context, runtime, dir string) error {
 		_, err = fs.ReadDir(code, ".")
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("there is no sample handler of runtime %s in bench/images/functions/handlers", runtime)
+		return fmt.Errorf("there is no sample handler of runtime %s in bench/images/functions/handlers: %w", runtime, err)
 	}
 	if err != nil {
 		return fmt.Errorf("sample handler of runtime %s: %w", runtime, err)
