@@ -54,7 +54,7 @@ func (s *starter) degree(ctx context.Context, degree string) (err error) {
 	if err := s.reset(ctx, false); err != nil {
 		return err
 	}
-	h := &handoff{o: &o, report: s.report, stack: s.stack, client: newClient(), dir: s.dir}
+	h := &handoff{o: &o, report: s.report, stack: s.stack, client: newClient()}
 	defer h.client.CloseIdleConnections()
 	functions, err := h.deploy(ctx, c)
 	defer func() { err = errors.Join(err, h.retire(context.WithoutCancel(ctx), c, functions)) }()

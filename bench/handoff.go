@@ -92,7 +92,6 @@ type handoff struct {
 	client *http.Client
 	// plain are the references of images that the pods' node has, by name.
 	plain map[string]string
-	dir   string
 }
 
 // withHandoff brings up what the cases need, all of the same number at once.
@@ -120,7 +119,7 @@ func withHandoff(ctx context.Context, o *Options, r *Report, memory string, case
 		return err
 	}
 	defer func() { err = errors.Join(err, pods.end(ctx)) }()
-	h := &handoff{o: o, report: r, stack: st, pods: pods, plain: map[string]string{}, dir: fs.Dir}
+	h := &handoff{o: o, report: r, stack: st, pods: pods, plain: map[string]string{}}
 	h.client = &http.Client{Transport: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: mostAtOnce}}
 	defer h.client.CloseIdleConnections()
 	if slices.Contains(cases, handoffCase{ofImage, fromSandbox, 1}) {

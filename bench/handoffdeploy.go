@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -21,16 +19,9 @@ import (
 	"github.com/hearth-serverless/hearth/bench/images"
 )
 
-// sample is how a user has a Runtime's Function: what the Runtime is to preload, and what is called in the Function's code.
-type sample struct{ preload, handler string }
-
-func samples() map[string]sample {
-	return map[string]sample{
-		"python": {preload: "numpy,pandas,flask,requests", handler: "main.main"},
-		"node":   {handler: "index.main"},
-		"java":   {handler: "Function"},
-		"native": {handler: "main"},
-	}
+// preloads are the libraries that a Runtime is to have loaded when it waits, as its users would say.
+func preloads() map[string]string {
+	return map[string]string{"python": "numpy,pandas,flask,requests"}
 }
 
 // deploy makes the case's Functions, all alike, and returns their names. What has no Runtime is an image; the rest is deployed as a
@@ -69,14 +60,8 @@ func (h *handoff) deployCode(ctx context.Context, c handoffCase, function string
 	if !slices.Contains(images.Names(), name) {
 		return nil, fmt.Errorf("%w: there is no sample image %s, with a loader of %s", errMissing, name, c.runtime)
 	}
-	dir, err := os.MkdirTemp(h.dir, "code-")
+	dir, handler, err := images.Handler(ctx, h.o.images(), c.runtime)
 	if err != nil {
-		return nil, fmt.Errorf("make a folder for code: %w", err)
-	}
-	defer os.RemoveAll(dir)
-	if err := images.Handler(ctx, c.runtime, dir); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: %w", errMissing, err)
-	} else if err != nil {
 		return nil, err
 	}
 	ref, err := h.o.push(ctx, h.stack.status.Registry, name)
@@ -87,15 +72,14 @@ func (h *handoff) deployCode(ctx context.Context, c handoffCase, function string
 	if c.degree == fromRuntime {
 		warm = c.n
 	}
-	s := samples()[c.runtime]
 	apply := []string{"runtime", "apply", c.runtime, "--image", ref, "--warm", strconv.Itoa(warm)}
-	if s.preload != "" {
-		apply = append(apply, "--preload", s.preload)
+	if libraries := preloads()[c.runtime]; libraries != "" {
+		apply = append(apply, "--preload", libraries)
 	}
 	if err := h.hearthCommand(ctx, apply...); err != nil {
 		return nil, err
 	}
-	if err := h.hearthCommand(ctx, "deploy", function, "--runtime", c.runtime, "--handler", s.handler, dir); err != nil {
+	if err := h.hearthCommand(ctx, "deploy", function, "--runtime", c.runtime, "--handler", handler, dir); err != nil {
 		return nil, err
 	}
 	got, err := h.stack.functions.Get(ctx, connect.NewRequest(&hearthv1.GetRequest{Name: function}))

@@ -31,7 +31,6 @@ type starter struct {
 	stack    *machineStack
 	bare     *bareProgram
 	function string
-	dir      string // of the file system that all is on
 }
 
 func withStarter(ctx context.Context, o *Options, r *Report, run func(*starter) error) (err error) {
@@ -54,7 +53,7 @@ func withStarter(ctx context.Context, o *Options, r *Report, run func(*starter) 
 		return err
 	}
 	defer func() { err = errors.Join(err, st.stop()) }()
-	s := &starter{o: o, report: r, stack: st, function: name, dir: fs.Dir}
+	s := &starter{o: o, report: r, stack: st, function: name}
 	layout, err := o.layout(ctx, name)
 	if err != nil {
 		return err
