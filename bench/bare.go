@@ -71,7 +71,7 @@ func (b *bareProgram) firstByte(ctx context.Context) (time.Duration, error) {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
-	if err := awaitListener(ctx, address); err != nil {
+	if err := awaitListener(ctx, address, awaitPause); err != nil {
 		return 0, err
 	}
 	client := newClient()
@@ -100,8 +100,11 @@ func (b *bareProgram) resolve(name string) string {
 	return name
 }
 
-// awaitListener asks so often that what it adds to the measured time is lost in the noise.
-func awaitListener(ctx context.Context, address string) error {
+// awaitPause is so short that what it adds to the measured time is lost in the noise.
+const awaitPause = 500 * time.Microsecond
+
+// awaitListener asks until somebody listens.
+func awaitListener(ctx context.Context, address string, every time.Duration) error {
 	for {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
 		if err == nil {
@@ -110,7 +113,7 @@ func awaitListener(ctx context.Context, address string) error {
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("await the program on %s: %w", address, err)
-		case <-time.After(500 * time.Microsecond):
+		case <-time.After(every):
 		}
 	}
 }

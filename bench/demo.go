@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -21,11 +22,70 @@ func demoSuite(ctx context.Context, o *Options, r *Report) error {
 				return fmt.Errorf("round %d: %w", round+1, err)
 			}
 		}
+		for _, degree := range []string{fromRuntime, fromRevision} {
+			if err := s.degree(ctx, degree); err != nil {
+				return fmt.Errorf("start from a %s: %w", degree, err)
+			}
+		}
 		if err := s.warm(ctx, 500); err != nil {
 			return err
 		}
 		return s.waterfall(ctx)
 	})
+}
+
+// degree takes the samples of a degree of warmth beyond the sandbox: the same Function as code in a Runtime that is booted, or its
+// Revision frozen. What this build cannot do is told below the table.
+func (s *starter) degree(ctx context.Context, degree string) (err error) {
+	o := *s.o
+	o.Function = s.function
+	c := handoffCase{ofImage, degree, 1}
+	row := "frozen"
+	if degree == fromRuntime {
+		c.runtime, row = s.function, "runtime"
+		if s.function == "go" {
+			c.runtime = "native"
+		}
+	}
+	if !slices.Contains(append(Runtimes(), ofImage), c.runtime) {
+		s.report.note(fmt.Sprintf("%s: left out, there is no runtime for %s", row, s.function))
+		return nil
+	}
+	if err := s.reset(ctx, false); err != nil {
+		return err
+	}
+	h := &handoff{o: &o, report: s.report, stack: s.stack, client: newClient()}
+	defer h.client.CloseIdleConnections()
+	functions, err := h.deploy(ctx, c)
+	defer func() { err = errors.Join(err, h.retire(context.WithoutCancel(ctx), c, functions)) }()
+	for round := 0; round < demoRounds && err == nil; round++ {
+		err = s.warmStart(ctx, h, c, functions, row)
+	}
+	if errors.Is(err, errMissing) {
+		s.report.note(fmt.Sprintf("%s: left out, %v", row, err))
+		return nil
+	}
+	return err
+}
+
+// warmStart takes one sample, over a new connection as all of them here.
+func (s *starter) warmStart(ctx context.Context, h *handoff, c handoffCase, functions []string, row string) error {
+	warm, err := h.begin(ctx, c, functions[:1])
+	if err != nil {
+		return err
+	}
+	if err := rest(ctx); err != nil {
+		return err
+	}
+	client := newClient()
+	defer client.CloseIdleConnections()
+	took, _, err := firstByte(ctx, client, s.stack.url(functions[0]), nil)
+	if err != nil {
+		return err
+	}
+	s.add(row, "hearth", took)
+	s.o.say("%-8s %6.0f ms", row, ms(took))
+	return h.servedBy(ctx, c, functions[:1], warm)
 }
 
 // waterfall draws one more cold start, traced by every daemon on its way.

@@ -181,7 +181,7 @@ func (n *node) run(ctx context.Context, ref string) (took time.Duration, err err
 		defer cancel()
 		err = errors.Join(err, n.ctr(clean, "tasks", "delete", "--force", id), n.ctr(clean, "containers", "delete", id))
 	}()
-	if err := awaitListener(ctx, address); err != nil {
+	if err := awaitListener(ctx, address, awaitPause); err != nil {
 		return 0, err
 	}
 	return time.Since(start), nil

@@ -26,9 +26,11 @@ type Options struct {
 	Systems []string
 	// Faults are the cases of pull-faults; empty is all of them.
 	Faults []string
+	// Cases of handoff, as RUNTIME/DEGREE/N; empty is the suite's own choice.
+	Cases []string
 	// Image is one of any registry, which is pulled beside Images, or alone.
 	Image string
-	// Function is the image that suites of starts deploy; empty is python.
+	// Function is the image that suites of starts deploy; empty is python, and go for handoff.
 	Function string
 	// Cache holds images and tools (see images.Config); Tools and Bin hold the programs of others and Hearth's own.
 	Cache, Tools, Bin string
@@ -81,6 +83,7 @@ func suites() map[string]func(context.Context, *Options, *Report) error {
 		"pull":        pullSuite,
 		"pull-faults": faultSuite,
 		"start":       startSuite,
+		"handoff":     handoffSuite,
 		"demo":        demoSuite,
 	}
 }

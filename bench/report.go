@@ -23,6 +23,8 @@ type Report struct {
 	Suite   string  `json:"suite"`
 	Machine Machine `json:"machine"`
 	Rows    []Row   `json:"rows"`
+	// Bounds that the suite must keep to, and whether it did.
+	Bounds []Bound `json:"bounds,omitempty"`
 	// notes are for people: what was left out, what peers were set to.
 	notes []string
 }
@@ -126,7 +128,7 @@ func (r *Report) WriteTable(w io.Writer) error {
 	for _, part := range []struct {
 		title string
 		lines []string
-	}{{"Where hearth loses", losses}, {"Notes", r.notes}} {
+	}{{"Must hold", r.boundLines()}, {"Where hearth loses", losses}, {"Notes", r.notes}} {
 		if len(part.lines) > 0 {
 			fmt.Fprintf(w, "\n%s:\n  %s\n", part.title, strings.Join(part.lines, "\n  "))
 		}

@@ -21,6 +21,7 @@ type machineStack struct {
 	status     *stack.Status
 	functions  hearthv1connect.FunctionServiceClient
 	allocation hearthv1connect.AllocationServiceClient
+	runtimes   hearthv1connect.RuntimeServiceClient
 	pool       int
 	cancel     context.CancelFunc
 	ended      chan error
@@ -58,6 +59,7 @@ func startStack(ctx context.Context, o *Options, dir string, options stackOption
 	client := daemon.UnixClient(filepath.Join(run, stack.PoolSocket))
 	s.functions = hearthv1connect.NewFunctionServiceClient(client, "http://hearth")
 	s.allocation = hearthv1connect.NewAllocationServiceClient(client, "http://hearth")
+	s.runtimes = hearthv1connect.NewRuntimeServiceClient(client, "http://hearth")
 	return s, nil
 }
 

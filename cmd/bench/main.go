@@ -49,10 +49,13 @@ A table goes to standard output, progress to standard error, and with --json eve
 
 Suites:
   start        from a request at the gateway to the first byte: cold, from the pool, warm; beside the bare process
+  handoff      from a request to the last byte, in cases RUNTIME/DEGREE/N of N starts at once from a sandbox, a booted
+               runtime or a frozen revision; beside plain pods of containerd's own CRI
   pull         what a pull takes, in cases IMAGE/ENCODING/LINK; beside containerd's defaults and others
   pull-faults  whether a pull ends as it should when the registry, the disk or a daemon fails
   demo         a short start suite, with the waterfall of one cold start`,
 		Example: `  bench start --quick
+  bench handoff --cases python/runtime/1,python/revision/50
   bench pull --images python,go --rounds 5 --json pull.json
   bench pull --images fat --encodings gzip,zstd --links gigabit,capped --systems hearth,soci
   bench pull --image docker.io/library/postgres:17
@@ -77,8 +80,9 @@ Suites:
 	list(&o.Links, "links", "over which they come", bench.Links())
 	list(&o.Systems, "systems", "which are compared", bench.Systems())
 	list(&o.Faults, "faults", "faults that pull-faults brings about", bench.Faults())
+	list(&o.Cases, "cases", "cases of handoff", []string{"RUNTIME/DEGREE/N, like python/runtime/1, java/revision/10, image/sandbox/50"})
 	root.Flags().StringVar(&o.Image, "image", "", "an image of any registry, pulled beside --images or alone")
-	root.Flags().StringVar(&o.Function, "function", "", "image that start and demo deploy (default python)")
+	root.Flags().StringVar(&o.Function, "function", "", "image that start and demo deploy (default python), and handoff (default go)")
 	json := root.Flags().String("json", "", "file for the rows and all samples")
 	root.RunE = func(cmd *cobra.Command, args []string) error { return runSuite(cmd, args[0], o, *json) }
 	root.AddCommand(imagesCommand(&o))

@@ -178,7 +178,7 @@ func (i *inventory) instanceProblems() (out []string) {
 		switch inst.GetState() {
 		case hearthv1.State_STATE_WARM:
 			warm++
-		case hearthv1.State_STATE_SERVING:
+		case hearthv1.State_STATE_SERVING, hearthv1.State_STATE_FROZEN:
 		default:
 			out = append(out, fmt.Sprintf("instance %s of %q is %s", id, inst.GetFunction(), inst.GetState()))
 		}

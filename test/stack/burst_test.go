@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -74,14 +75,15 @@ func (d *deployment) countMost(ctx context.Context, function string) (most int) 
 	return most
 }
 
-// fallsToZero waits until a Function has no Instance any more.
+// fallsToZero waits until a Function has no Instance any more but frozen ones, which cost nothing.
 func (d *deployment) fallsToZero(t *testing.T, function string, within time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), within)
 	defer cancel()
 	began := time.Now()
 	for ctx.Err() == nil {
-		if list, err := d.instances(ctx, function); err == nil && len(list) == 0 {
+		frozen := func(i *hearthv1.Instance) bool { return i.GetState() == hearthv1.State_STATE_FROZEN }
+		if list, err := d.instances(ctx, function); err == nil && len(slices.DeleteFunc(list, frozen)) == 0 {
 			t.Logf("%s was at zero after %v", function, time.Since(began).Round(time.Millisecond))
 			return
 		}

@@ -157,7 +157,7 @@ func (d *deployment) remove(t *testing.T, name string) {
 // toZero ends all Instances of a Function.
 func (d *deployment) toZero(t *testing.T, function string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
 	defer cancel()
 	if _, err := d.allocation.Release(ctx, connect.NewRequest(&hearthv1.ReleaseRequest{Function: function, Wait: true})); err != nil {
 		t.Fatalf("release %s: %v", function, err)

@@ -119,18 +119,24 @@ func tarOf(t *testing.T, entries ...entry) []byte {
 // probeImage runs testdata/probe with the given arguments.
 func probeImage(t *testing.T, args ...string) v1.Image {
 	t.Helper()
-	program, err := os.ReadFile(shop.probe)
+	return programImage(t, shop.probe, "probe", args...)
+}
+
+// programImage has one static program, and runs it.
+func programImage(t *testing.T, path, name string, args ...string) v1.Image {
+	t.Helper()
+	program, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	img := withLayers(t, empty.Image, layerOf(t, tarOf(t, file("probe", string(program)))))
+	img := withLayers(t, empty.Image, layerOf(t, tarOf(t, file(name, string(program)))))
 	config, err := img.ConfigFile()
 	if err != nil {
 		t.Fatal(err)
 	}
 	config = config.DeepCopy()
 	config.OS, config.Architecture = "linux", platform(t)
-	config.Config.Entrypoint = append([]string{"/probe"}, args...)
+	config.Config.Entrypoint = append([]string{"/" + name}, args...)
 	if img, err = mutate.ConfigFile(img, config); err != nil {
 		t.Fatal(err)
 	}

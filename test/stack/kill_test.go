@@ -5,7 +5,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -28,8 +27,9 @@ func TestKilled(t *testing.T) {
 	d.mustDeploy(t, "rest", image)
 	d.web.answersBy(t, "steady", time.Now().Add(longStart))
 	d.settles(t)
-	history := d.watchClaims()
-	t.Cleanup(history.stop)
+	history := newHistory()
+	stopWatching := history.watch(d)
+	t.Cleanup(stopWatching)
 
 	t.Run("gateway", func(t *testing.T) { d.whileServing(t, true, func(t *testing.T) { d.kill(t, "gateway") }) })
 	t.Run("poolmanager", func(t *testing.T) { d.whileServing(t, false, func(t *testing.T) { d.kill(t, "poolmanager") }) })
@@ -42,7 +42,8 @@ func TestKilled(t *testing.T) {
 	for range killings {
 		t.Run("nodeagent in mid-claim", func(t *testing.T) { d.whileServing(t, false, d.killInMidClaim) })
 	}
-	history.check(t)
+	stopWatching()
+	history.check(t, killings)
 }
 
 // whileServing does harm while a Function that runs is asked all the time, and checks that all is well again soon.
@@ -144,72 +145,4 @@ func (d *deployment) askAside(t *testing.T, function string) <-chan error {
 		asked <- d.web.ask(ctx, function)
 	}()
 	return asked
-}
-
-// claims is a history of who was claimed for what.
-type claims struct {
-	stop func()
-
-	mu sync.Mutex // guards what follows
-	// byInstance and byClaim have, for each, all that it was seen with.
-	byInstance, byClaim map[string]map[string]bool
-}
-
-// watchClaims looks at all Instances many times a second, until it is stopped.
-func (d *deployment) watchClaims() *claims {
-	ctx, cancel := context.WithCancel(context.Background())
-	c := &claims{byInstance: map[string]map[string]bool{}, byClaim: map[string]map[string]bool{}}
-	var work sync.WaitGroup
-	work.Go(func() {
-		for ctx.Err() == nil {
-			list, err := d.instances(ctx, "")
-			if err == nil {
-				c.note(list)
-			}
-			nap(ctx, 10*time.Millisecond)
-		}
-	})
-	c.stop = sync.OnceFunc(func() {
-		cancel()
-		work.Wait()
-	})
-	return c
-}
-
-func (c *claims) note(list []*hearthv1.Instance) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, i := range list {
-		if i.GetState() < hearthv1.State_STATE_CLAIMED || i.GetClaim().GetId() == "" {
-			continue
-		}
-		add(c.byInstance, i.GetId(), i.GetClaim().GetId()+" for "+i.GetFunction())
-		add(c.byClaim, i.GetClaim().GetId(), i.GetId())
-	}
-}
-
-func add(m map[string]map[string]bool, key, value string) {
-	if m[key] == nil {
-		m[key] = map[string]bool{}
-	}
-	m[key][value] = true
-}
-
-// check says what was claimed twice.
-func (c *claims) check(t *testing.T) {
-	t.Helper()
-	c.stop()
-	if len(c.byInstance) < 2 {
-		t.Errorf("only %d claims were seen", len(c.byInstance))
-	}
-	for id, seen := range c.byInstance {
-		if len(seen) > 1 {
-			t.Errorf("instance %s was claimed more than once: %v", id, seen)
-		}
-	}
-	for id, seen := range c.byClaim {
-		if len(seen) > 1 {
-			t.Errorf("claim %s had more than one instance: %v", id, seen)
-		}
-	}
 }

@@ -17,7 +17,7 @@ import (
 type workshop struct {
 	tools, bin, pause string
 	golang            string // OCI layout of the sample image "go"
-	probe             string // the program of testdata/probe
+	probe, hostile    string // the programs of testdata
 }
 
 // shop is set before the first test runs. Without root there is none, and every test skips.
@@ -44,7 +44,7 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// build compiles the daemons, the launcher and the probe, and makes the images.
+// build compiles the daemons, the launcher and the programs of testdata, and makes the images.
 func build(ctx context.Context, dir string) (*workshop, error) {
 	top, err := filepath.Abs(filepath.Join("..", ".."))
 	if err != nil {
@@ -54,7 +54,7 @@ func build(ctx context.Context, dir string) (*workshop, error) {
 	if cache == "" {
 		cache = filepath.Join(top, ".cache")
 	}
-	w := &workshop{tools: os.Getenv("HEARTH_TOOLS"), bin: dir, pause: filepath.Join(dir, "pause.tar"), probe: filepath.Join(dir, "probe")}
+	w := &workshop{tools: os.Getenv("HEARTH_TOOLS"), bin: dir, pause: filepath.Join(dir, "pause.tar"), probe: filepath.Join(dir, "probe"), hostile: filepath.Join(dir, "hostile")}
 	if w.tools == "" {
 		w.tools = filepath.Join(cache, "tools", "current")
 	}
@@ -71,8 +71,10 @@ func build(ctx context.Context, dir string) (*workshop, error) {
 	if err := compile(ctx, top, append([]string{"-o", dir + "/"}, programs...)...); err != nil {
 		return nil, err
 	}
-	if err := compile(ctx, top, "-o", w.probe, "./test/stack/testdata/probe/main.go"); err != nil {
-		return nil, err
+	for _, program := range []string{w.probe, w.hostile} {
+		if err := compile(ctx, top, "-o", program, "./test/stack/testdata/"+filepath.Base(program)+"/main.go"); err != nil {
+			return nil, err
+		}
 	}
 	config := images.Config{Cache: cache}
 	if w.golang, err = images.Build(ctx, config, "go"); err != nil {

@@ -34,11 +34,19 @@ type answer struct {
 func (w *web) get(ctx context.Context, function, path string) (answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, longStart)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, w.gateway+"/fn/"+function+path, nil)
+	return fetch(ctx, w.client, w.url(function)+path)
+}
+
+// url of a Function, to which paths are added.
+func (w *web) url(function string) string { return w.gateway + "/fn/" + function }
+
+// fetch asks whoever is there; it fails only if no answer came.
+func fetch(ctx context.Context, client *http.Client, url string) (answer, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return answer{}, err
 	}
-	res, err := w.client.Do(req)
+	res, err := client.Do(req)
 	if err != nil {
 		return answer{}, err
 	}
