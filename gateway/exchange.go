@@ -168,11 +168,8 @@ func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 		suspect := x.complain(how, err)
-		switch {
-		case r.Context().Err() != nil:
-			return nil, err
-		case !more:
-			return nil, broken(x.function.name, e.id, err)
+		if !more {
+			return nil, x.giveUp(r.Context(), e, err)
 		}
 		x.gateway.metrics.retries.Inc()
 		if !suspect { // each failure of a suspect puts it away for longer: they bound themselves
@@ -185,6 +182,14 @@ func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 	}
+}
+
+// giveUp is the error of a request that goes nowhere else.
+func (x *exchange) giveUp(ctx context.Context, e *endpoint, err error) error {
+	if ctx.Err() != nil {
+		return err
+	}
+	return broken(x.function.name, e.id, err)
 }
 
 // complain gives the slot back of an Instance that failed, and has it looked at.

@@ -149,6 +149,43 @@ func TestReleaseDiscardsWhatWouldFreeze(t *testing.T) {
 	})
 }
 
+// TestFreezeWaitsForEveryGateway: a request that is there would hang in what is frozen.
+func TestFreezeWaitsForEveryGateway(t *testing.T) {
+	for name, ends := range map[string]bool{"requests end": true, "requests do not end": false} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, n *fakeNode, m *running) {
+				a, b := m.gateway("a"), m.gateway("b")
+				defer a.leave()
+				defer b.leave()
+				m.apply("hello", func(s *hearthv1.FunctionSpec) { s.Timeout = seconds(5) })
+				id := m.must("hello").GetInstance().GetId()
+				time.Sleep(5 * time.Second)
+				m.Scale("hello", 0, "nothing to do")
+				synctest.Wait()
+				busy := map[string]int32{id: 1}
+				for _, say := range []func(){
+					func() { m.Acknowledge("b", b.at(), nil) },
+					func() { m.Acknowledge("a", a.at()-1, nil) },
+					func() { m.Acknowledge("a", a.at(), busy) },
+				} {
+					say()
+					time.Sleep(time.Second)
+					if n.in("hello", frozen) != 0 || n.in("hello", serves) != 1 {
+						t.Fatal("it did not wait")
+					}
+				}
+				if ends {
+					m.Acknowledge("a", a.at(), nil)
+				}
+				time.Sleep(time.Minute)
+				if got := n.in("hello", frozen) == 1; got != ends || n.in("hello", serves) != 0 {
+					t.Errorf("frozen %t, %d serve", got, n.in("hello", serves))
+				}
+			})
+		})
+	}
+}
+
 // TestAnswerOfBeforeIsNotRepeated: an id is answered with its Instance as long as that is its own.
 func TestAnswerOfBeforeIsNotRepeated(t *testing.T) {
 	bubble(t, func(t *testing.T, n *fakeNode, m *running) {

@@ -36,6 +36,10 @@ func newFunction(r store.Record) *function {
 func (f *function) adopt(r store.Record) {
 	f.spec, f.revision, f.serial = r.Function.GetSpec(), r.Revision, r.Serial
 	f.status = r.Function.GetStatus()
+	if f.revision.GetConcurrency() == 0 { // stored before Revisions had it
+		f.revision = proto.CloneOf(f.revision)
+		f.revision.Concurrency = concurrencyOf(f.spec)
+	}
 	s := f.spec.GetScaling()
 	f.public = withoutSecrets(f.spec)
 	f.scaling = bounds{min: int(s.GetMin()), max: int(s.GetMax()), frozen: max(0, int(s.GetFrozen()))}
@@ -77,18 +81,22 @@ func keepSecrets(before *function, spec *hearthv1.FunctionSpec) error {
 	return nil
 }
 
+func concurrencyOf(spec *hearthv1.FunctionSpec) int32 {
+	if n := spec.GetScaling().GetConcurrency(); n > 0 {
+		return n
+	}
+	return defaultConcurrency
+}
+
 // revise makes the record of a Function with a new spec. Its Revision stays if no Instance would notice the change.
 func revise(now time.Time, before *function, name string, serial int64, spec *hearthv1.FunctionSpec) store.Record {
 	r := store.Record{Name: name, Serial: serial, Function: &hearthv1.Function{Name: name, Spec: spec}}
 	status := &hearthv1.FunctionStatus{Generation: 1, CreatedAt: timestamppb.New(now), UpdatedAt: timestamppb.New(now)}
 	revision := &hearthv1.Revision{Function: name, Image: spec.GetImage(), Port: spec.GetPort(), Env: spec.GetEnv(),
 		Command: spec.GetCommand(), Args: spec.GetArgs(), Resources: spec.GetResources(), Code: spec.GetCode(), Secrets: spec.GetSecrets(),
-		Concurrency: spec.GetScaling().GetConcurrency()}
+		Concurrency: concurrencyOf(spec)}
 	if revision.Port == 0 {
 		revision.Port = defaultPort
-	}
-	if revision.Concurrency == 0 {
-		revision.Concurrency = defaultConcurrency
 	}
 	if spec.GetRuntime() != "" {
 		revision.Runtime = &hearthv1.Runtime{Name: spec.GetRuntime()}

@@ -40,10 +40,7 @@ func (m *Manager) position(i *instance) position {
 	if m.instances[i.id] != i {
 		return position{}
 	}
-	p := position{
-		restless: i.by != nil || i.making || i.freezing || i.refused || i.limbo || i.drain != nil || i.discard != nil ||
-			i.state <= hearthv1.State_STATE_CREATING || i.state == hearthv1.State_STATE_CLAIMED,
-	}
+	p := position{restless: i.restless()}
 	if i.state == hearthv1.State_STATE_GONE {
 		return p
 	}

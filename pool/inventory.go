@@ -103,21 +103,8 @@ func (m *Manager) sync(now time.Time, n *node, session int) {
 
 // observe takes in what a node says of an Instance. An older word than what is known changes nothing.
 func (m *Manager) observe(now time.Time, n *node, session int, said *hearthv1.Instance) {
-	i := m.instances[said.GetId()]
-	if i != nil && i.state == hearthv1.State_STATE_GONE && i.session < session && i.node == n.name {
-		// It said that it had discarded it, and now lists it.
-		m.drop(i)
-		i = nil
-	}
+	i := m.meant(now, n, session, said)
 	if i == nil {
-		if said.GetState() == hearthv1.State_STATE_GONE || said.GetId() == "" {
-			return
-		}
-		i = &instance{id: said.GetId(), node: n.name, gone: make(chan struct{}), created: now}
-		m.add(i)
-	}
-	if i.node != n.name {
-		m.log.Error("two nodes have an instance of one name; the second is ignored", "instance", i.id, "node", i.node, "second", n.name)
 		return
 	}
 	defer m.place(i)
@@ -138,6 +125,26 @@ func (m *Manager) observe(now time.Time, n *node, session int, said *hearthv1.In
 		}
 		m.merge(now, i, said)
 	}
+}
+
+// meant is the Instance that a node speaks of, a new one if need be; nil if there is none.
+func (m *Manager) meant(now time.Time, n *node, session int, said *hearthv1.Instance) *instance {
+	i := m.instances[said.GetId()]
+	if i != nil && i.state == hearthv1.State_STATE_GONE && i.session < session && i.node == n.name {
+		// It said that it had discarded it, and now lists it.
+		m.drop(i)
+		i = nil
+	}
+	switch {
+	case i == nil && (said.GetState() == hearthv1.State_STATE_GONE || said.GetId() == ""):
+	case i == nil:
+		i = &instance{id: said.GetId(), node: n.name, gone: make(chan struct{}), created: now}
+		m.add(i)
+	case i.node != n.name:
+		m.log.Error("two nodes have an instance of one name; the second is ignored", "instance", i.id, "node", i.node, "second", n.name)
+		return nil
+	}
+	return i
 }
 
 // age is how what a node says relates to what is known.

@@ -32,6 +32,11 @@ func (m *Manager) activated(now time.Time, n *node, a *allocation, i *instance, 
 		m.succeed(now, a, i, nil) // only the answer was lost
 		return
 	}
+	m.refusedBy(now, n, a, i, req, err)
+}
+
+// refusedBy takes in that a claim gave no Instance, or that nobody knows whether it did.
+func (m *Manager) refusedBy(now time.Time, n *node, a *allocation, i *instance, req *hearthv1.ActivateRequest, err error) {
 	switch connect.CodeOf(err) {
 	case connect.CodeFailedPrecondition:
 		i.refused, i.until = true, now.Add(refusedTime)

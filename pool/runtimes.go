@@ -47,9 +47,10 @@ func (r *runtime) record() store.Runtime {
 // image is a Revision that stands for the Runtime alone, to have its image on a node. Its name can be no Function's: theirs end in
 // a number.
 func (r *runtime) image() *hearthv1.Revision {
-	name := fmt.Sprintf("%s-runtime-g%d", r.name, r.generation)
-	return &hearthv1.Revision{Name: name, Function: r.name + "-runtime", Image: r.current.GetImage(), Port: defaultPort}
+	return &hearthv1.Revision{Name: r.imageName(), Function: r.name + "-runtime", Image: r.current.GetImage(), Port: defaultPort}
 }
+
+func (r *runtime) imageName() string { return fmt.Sprintf("%s-runtime-g%d", r.name, r.generation) }
 
 // complete is a Function's Revision with all that a node needs: its Runtime as it is now.
 func (m *Manager) complete(f *function) *hearthv1.Revision {
@@ -86,7 +87,7 @@ func (m *Manager) ready(now time.Time, n *node, k kind) bool {
 		return true
 	}
 	r := m.runtimes[k.runtime]
-	name := r.image().GetName()
+	name := r.imageName()
 	if n.has(name) {
 		return true
 	}
@@ -323,7 +324,7 @@ func (m *Manager) stocked(name string) (bool, error) {
 		return false, connect.NewError(connect.CodeInternal, fmt.Errorf("runtime %s is stored, but does not boot: %s", name, strings.Join(errs, "; ")))
 	}
 	for _, n := range m.nodes {
-		if n.synced && (!n.has(r.image().GetName()) || len(m.index.spare[place{n.name, r.kind()}]) < int(r.current.GetWarm())) {
+		if n.synced && (!n.has(r.imageName()) || len(m.index.spare[place{n.name, r.kind()}]) < int(r.current.GetWarm())) {
 			return false, nil
 		}
 	}

@@ -79,6 +79,12 @@ func (i *instance) spare() bool {
 	return i.state == hearthv1.State_STATE_WARM && i.by == nil && i.discard == nil && !i.limbo
 }
 
+// restless: something is under way with it, or it has an end.
+func (i *instance) restless() bool {
+	return i.by != nil || i.making || i.freezing || i.refused || i.limbo || i.drain != nil || i.discard != nil ||
+		i.state <= hearthv1.State_STATE_CREATING || i.state == hearthv1.State_STATE_CLAIMED
+}
+
 // asleep: it is frozen, and may be claimed for its own Revision if its node is there.
 func (i *instance) asleep() bool {
 	return i.state == hearthv1.State_STATE_FROZEN && i.by == nil && i.drain == nil && i.discard == nil && !i.freezing && !i.limbo
