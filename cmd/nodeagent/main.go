@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/pflag"
@@ -33,6 +34,7 @@ type options struct {
 
 	keepBlobs bool
 	memory    int64
+	boot      time.Duration
 	limits    layer.Limits
 	snaps     snapshotter.Config
 }
@@ -61,6 +63,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.dockerConfig, "docker-config", "", "Docker's config.json with credentials for registries (default: $DOCKER_CONFIG or ~/.docker)")
 	daemon.BytesVar(f, &o.memory, "memory-budget", 128<<20, "memory for layers in flight, fetched and unpacked; nodeagent takes some 30 MiB besides")
 	f.BoolVar(&o.keepBlobs, "keep-blobs", false, "keep the compressed layers in containerd's content store too, for ctr images export, mirrors and pushing")
+	f.DurationVar(&o.boot, "runtime-boot-timeout", time.Minute, "how long a Runtime's loader may take from its start until it is ready: interpreter, preloaded libraries, warming up")
 	o.limits.Flags(f)
 	o.snaps.Flags(f)
 }
@@ -80,7 +83,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 		return errors.Join(err, snaps.Close())
 	}
 	config := instance.Config{
-		Node: o.node, Root: o.root, Address: o.containerd, CgroupParent: o.cgroup,
+		Node: o.node, Root: o.root, Address: o.containerd, CgroupParent: o.cgroup, RuntimeBootTimeout: o.boot,
 		Credentials: blobs.Credentials, Fetch: snaps.Fetch, Prefetch: ahead,
 		Phases: func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) },
 		Logger: rt.Log, Registerer: rt.Registry,
