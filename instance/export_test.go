@@ -160,3 +160,15 @@ func CopyTree(ctx context.Context, root, path, source string) error {
 	defer from.Close()
 	return copyTree(ctx, to, attachment{Path: path, Tree: from})
 }
+
+// WriteLauncherRoot makes the root file system of launchers.
+func WriteLauncherRoot(root, program string) (string, error) { return writeLauncherRoot(root, program) }
+
+// AwaitLauncher finds a launcher that was started.
+func AwaitLauncher(ctx context.Context, pid uint32, control string) (Launcher, error) {
+	l, err := awaitLauncher(ctx, pid, control)
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
+}
