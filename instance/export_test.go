@@ -187,3 +187,36 @@ func (e *Engine) Thawed(ctx context.Context, id string, frozenFor time.Duration)
 	}
 	return r.Thawed(ctx, frozenFor)
 }
+
+// NewView mounts a code package's tree where nobody sees it.
+func NewView(mounts []mount.Mount, scratch string) (CodeTree, error) { return newView(mounts, scratch) }
+
+// SecretsTree is a file system of secrets.
+func SecretsTree(secrets map[string][]byte) (*os.File, error) { return secretsTree(secrets) }
+
+// CopyTree copies a directory to a place below a root.
+func CopyTree(ctx context.Context, root, path, source string) error {
+	to, err := os.Open(root)
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	from, err := os.Open(source)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	return copyTree(ctx, to, attachment{Path: path, Tree: from})
+}
+
+// WriteLauncherRoot makes the root file system of launchers.
+func WriteLauncherRoot(root, program string) (string, error) { return writeLauncherRoot(root, program) }
+
+// AwaitLauncher finds a launcher that was started.
+func AwaitLauncher(ctx context.Context, pid uint32, control string) (Launcher, error) {
+	l, err := awaitLauncher(ctx, pid, control)
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
+}

@@ -164,14 +164,21 @@ func runtimeOf(r *hearthv1.Revision, image string) *hearthv1.Runtime {
 	return rt
 }
 
+func isFileName(s string) bool {
+	for _, c := range []byte(s) {
+		ok := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '.' || c == '_' || c == '-'
+		if !ok {
+			return false
+		}
+	}
+	return s != ""
+}
+
 // checkSecrets accepts names that are files of one directory and cannot lead out of it.
 func checkSecrets(secrets map[string][]byte) error {
 	size := 0
 	for name, value := range secrets {
-		bad := func(r rune) bool {
-			return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._-", r))
-		}
-		if name == "" || name == "." || name == ".." || len(name) > maxSecretName || strings.ContainsFunc(name, bad) {
+		if name == "." || name == ".." || len(name) > maxSecretName || !isFileName(name) {
 			return invalid("secret %.80q is not a file's name of at most %d letters, digits, '.', '_' and '-'", name, maxSecretName)
 		}
 		size += len(value)

@@ -45,8 +45,26 @@ func TestActivateRefuses(t *testing.T) {
 		"environment size": {func(r *hearthv1.ActivateRequest) {
 			r.Revision.Env = map[string]string{"A": strings.Repeat("x", 1<<20)}
 		}, connect.CodeInvalidArgument},
-		"argument NUL":  {func(r *hearthv1.ActivateRequest) { r.Revision.Args = []string{"\x00"} }, connect.CodeInvalidArgument},
-		"argument size": {func(r *hearthv1.ActivateRequest) { r.Revision.Args = []string{strings.Repeat("x", 1<<20)} }, connect.CodeInvalidArgument},
+		"argument NUL":         {func(r *hearthv1.ActivateRequest) { r.Revision.Args = []string{"\x00"} }, connect.CodeInvalidArgument},
+		"argument size":        {func(r *hearthv1.ActivateRequest) { r.Revision.Args = []string{strings.Repeat("x", 1<<20)} }, connect.CodeInvalidArgument},
+		"runtime without code": {func(r *hearthv1.ActivateRequest) { r.Revision.Image, r.Revision.Runtime = "", python(1) }, connect.CodeInvalidArgument},
+		"code without runtime": {func(r *hearthv1.ActivateRequest) { r.Revision.Image, r.Revision.Code = "", &hearthv1.Code{} }, connect.CodeInvalidArgument},
+		"runtime and image":    {func(r *hearthv1.ActivateRequest) { r.Revision = inPython(1); r.Revision.Image = "x" }, connect.CodeInvalidArgument},
+		"runtime and command":  {func(r *hearthv1.ActivateRequest) { r.Revision = inPython(1); r.Revision.Args = []string{"x"} }, connect.CodeInvalidArgument},
+		"runtime's name":       {func(r *hearthv1.ActivateRequest) { r.Revision = inPython(1); r.Revision.Runtime.Name = "../x" }, connect.CodeInvalidArgument},
+		"preload with a comma": {func(r *hearthv1.ActivateRequest) {
+			r.Revision = inPython(1)
+			r.Revision.Runtime.Preload = []string{"a,b"}
+		}, connect.CodeInvalidArgument},
+		"handler with newline": {func(r *hearthv1.ActivateRequest) { r.Revision = inPython(1); r.Revision.Code.Handler = "a\n" }, connect.CodeInvalidArgument},
+		"signature":            {func(r *hearthv1.ActivateRequest) { r.Revision = inPython(1); r.Revision.Code.Signature = 9 }, connect.CodeInvalidArgument},
+		"secret is a path": {func(r *hearthv1.ActivateRequest) {
+			r.Revision.Secrets = map[string][]byte{"../etc/passwd": nil}
+		}, connect.CodeInvalidArgument},
+		"secret is a directory": {func(r *hearthv1.ActivateRequest) { r.Revision.Secrets = map[string][]byte{"..": nil} }, connect.CodeInvalidArgument},
+		"secrets' size": {func(r *hearthv1.ActivateRequest) {
+			r.Revision.Secrets = map[string][]byte{"a": make([]byte, 300<<10)}
+		}, connect.CodeInvalidArgument},
 		"memory": {func(r *hearthv1.ActivateRequest) {
 			r.Revision.Resources = &hearthv1.Resources{MemoryBytes: -1}
 		}, connect.CodeInvalidArgument},

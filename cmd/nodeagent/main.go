@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/pflag"
