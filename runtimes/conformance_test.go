@@ -3,6 +3,7 @@ package runtimes_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -14,6 +15,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/hearth-serverless/hearth/bench/images"
 )
@@ -407,8 +409,15 @@ func hostileRequests(t *testing.T, i *instance) {
 			go func() {
 				_, _ = io.WriteString(conn, text) // it may be cut off in the middle
 			}()
+			if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+				t.Fatal(err)
+			}
 			head := make([]byte, len("HTTP/1.1 4"))
-			if n, err := io.ReadFull(conn, head); err == nil && string(head) != "HTTP/1.1 4" && string(head) != "HTTP/1.1 5" && string(head) != "HTTP/1.0 4" {
+			n, err := io.ReadFull(conn, head)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Error("it neither answers nor ends the connection")
+			}
+			if err == nil && string(head) != "HTTP/1.1 4" && string(head) != "HTTP/1.1 5" && string(head) != "HTTP/1.0 4" {
 				t.Errorf("it answers %q", head[:n])
 			}
 		})
