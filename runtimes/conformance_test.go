@@ -3,6 +3,7 @@ package runtimes_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -14,6 +15,9 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
+
+	"github.com/hearth-serverless/hearth/bench/images"
 )
 
 // language is what differs between the Runtimes in the tests that all of them have to pass.
@@ -63,6 +67,19 @@ var languages = map[string]language{
 			{"other signature", map[string]string{"index.js": "require('@google-cloud/functions-framework').cloudEvent('hello', () => {})\n"}, "hello", []string{"registered for cloudevent"}},
 		},
 	},
+	"java": {
+		name: "java", handler: "Main", event: "Events", preload: "java.net.http.HttpClient,java.security.MessageDigest", random: true,
+		dir: javaCode,
+		failures: []failure{
+			{"no code", nil, "Main", []string{"ClassNotFoundException: Main"}},
+			{"no class file", map[string]string{"Main.class": "nonsense"}, "Main", []string{"ClassFormatError"}},
+			{"no function", nil, "java.lang.String", []string{"does not implement com.google.cloud.functions.HttpFunction"}},
+			{"other signature", nil, "Events", []string{"does not implement com.google.cloud.functions.HttpFunction"}},
+			{"initializer", nil, "Broken$Throws", []string{"NumberFormatException", "the reason", "Broken.java"}},
+			{"constructor", nil, "Broken$Refuses", []string{"UnsupportedOperationException: the reason", "Broken.java"}},
+			{"exit", nil, "Broken$Exits", []string{"System.exit was called"}},
+		},
+	},
 	"native": {
 		name: "native", handler: "", dir: func(t testing.TB) string {
 			dir, err := compiled()
@@ -77,6 +94,26 @@ var languages = map[string]language{
 			{"no program", map[string]string{"main": "nonsense"}, "", []string{"exec"}},
 		},
 	},
+}
+
+// javaCode compiles the Function in the builder of images, for the Runtime's image has no compiler.
+func javaCode(t testing.TB) string {
+	t.Helper()
+	sources := map[string][]byte{}
+	paths, err := filepath.Glob("testdata/java/*.java")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range paths {
+		if sources[filepath.Base(path)], err = os.ReadFile(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir, err := images.Code(t.Context(), config(), "java", sources)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 func testdata(name string) func(testing.TB) string {
@@ -158,10 +195,35 @@ func TestRequests(t *testing.T) {
 			i.err.has(t, "the reason")
 			i.want(t, "/", http.StatusOK, "hello, you")
 		})
-		t.Run("lines", func(t *testing.T) { lines(t, i) })
 		if l.name != "native" { // whose server is the Function's own
+			t.Run("failure in the middle", func(t *testing.T) {
+				answer, err := i.request(t, http.MethodGet, "/cut", nil, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer answer.Body.Close()
+				if text, err := io.ReadAll(answer.Body); err == nil || string(text) != "first\n" {
+					t.Errorf("it answers %q, %v; want an error after the first line, or it passes for the whole", text, err)
+				}
+			})
 			t.Run("hostile", func(t *testing.T) { hostileRequests(t, i) })
 		}
+		if l.name == "java" {
+			t.Run("parts", func(t *testing.T) {
+				const body = "--x\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n1\r\n" +
+					"--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f.txt\"\r\nContent-Type: text/plain\r\n\r\ncontent\r\n--x--\r\n"
+				header := map[string]string{"Content-Type": "multipart/form-data; boundary=x"}
+				if status, got := i.send(t, http.MethodPost, "/parts", header, body); status != http.StatusOK || got != "f.txt|text/plain|content" {
+					t.Errorf("it answers %d %q", status, got)
+				}
+				for _, cut := range []string{"", body[:20], body[:80], body[:len(body)-30], "--x\r\n\r\n--x", "--x\r\n--x--"} {
+					if status, got := i.send(t, http.MethodPost, "/parts", header, cut); status != http.StatusInternalServerError {
+						t.Errorf("%q: it answers %d %q", cut, status, got)
+					}
+				}
+			})
+		}
+		t.Run("lines", func(t *testing.T) { lines(t, i) })
 	})
 }
 
@@ -331,7 +393,6 @@ func lines(t *testing.T, i *instance) {
 func hostileRequests(t *testing.T, i *instance) {
 	for _, text := range []string{
 		"nonsense\r\n\r\n",
-		"GET / HTTP/9.9\r\nHost: x\r\n\r\n",
 		"GET / HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 1<<20) + "\r\n\r\n",
 		"GET / HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("X: y\r\n", 1<<17) + "\r\n",
 		"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
@@ -348,8 +409,15 @@ func hostileRequests(t *testing.T, i *instance) {
 			go func() {
 				_, _ = io.WriteString(conn, text) // it may be cut off in the middle
 			}()
+			if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+				t.Fatal(err)
+			}
 			head := make([]byte, len("HTTP/1.1 4"))
-			if n, err := io.ReadFull(conn, head); err == nil && string(head) != "HTTP/1.1 4" && string(head) != "HTTP/1.1 5" && string(head) != "HTTP/1.0 4" {
+			n, err := io.ReadFull(conn, head)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Error("it neither answers nor ends the connection")
+			}
+			if err == nil && string(head) != "HTTP/1.1 4" && string(head) != "HTTP/1.1 5" && string(head) != "HTTP/1.0 4" {
 				t.Errorf("it answers %q", head[:n])
 			}
 		})
@@ -362,7 +430,9 @@ func TestFailures(t *testing.T) {
 		for _, f := range l.failures {
 			t.Run(f.name, func(t *testing.T) {
 				i := boot(t, l.name)
-				i.bring(t, f.files)
+				if i.bring(t, f.files); f.files == nil && f.name != "no code" {
+					i.bring(t, l.code(t))
+				}
 				c, _ := i.connect(t)
 				m := c.ask("load", load(f.handler, "http", 1, nil))
 				if m.Executing != nil { // and then it could not be executed

@@ -12,7 +12,7 @@ import (
 //go:embed pause/main.go
 var pause []byte
 
-//go:embed python node native/main.go
+//go:embed python node java native/main.go
 var loaders embed.FS
 
 // Pause returns the Go source of the program of the pause image: one file of package main, standard library only.
@@ -20,7 +20,7 @@ var loaders embed.FS
 func Pause() []byte { return append([]byte(nil), pause...) }
 
 // Names returns the Runtimes that Hearth has a loader for.
-func Names() []string { return []string{"python", "node", "native"} }
+func Names() []string { return []string{"python", "node", "java", "native"} }
 
 // Loader returns the sources of a Runtime's loader by their path below its folder, and whether there is such a Runtime. The
 // caller owns the copies.

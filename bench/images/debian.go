@@ -82,6 +82,32 @@ func (b *builder) debian(ctx context.Context, name string, r recipe, dir string)
 	return layers, err
 }
 
+// compiler returns the tree of what a recipe's compiler adds to those of lower; it is a cache entry of its own.
+func (b *builder) compiler(ctx context.Context, r recipe, lower, apt []string) (string, error) {
+	const tree = "tree"
+	on, _ := recipeOf(r.On)
+	name := "compiler-" + r.On
+	entry, err := b.cached(ctx, name, key(on.key(), r.Compiler), func(dir string) error {
+		work, err := os.MkdirTemp(dir, "work")
+		if err != nil {
+			return err
+		}
+		defer func() { _ = os.RemoveAll(work) }()
+		upper := filepath.Join(work, tree)
+		err = b.step(name, "install "+strings.Join(r.Compiler, ", "), func() error {
+			return overlay(ctx, upper, lower, apt, r.Compiler, "/", nil)
+		})
+		if err != nil {
+			return err
+		}
+		return os.Rename(upper, filepath.Join(dir, tree))
+	})
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(entry, tree), nil
+}
+
 // packagesOf returns the layer of packages of an image, which it builds if need be, and the layer's tree in dir.
 func (b *builder) packagesOf(ctx context.Context, name, dir string) (*blob, string, error) {
 	r, ok := recipeOf(name)
@@ -149,7 +175,9 @@ func (b *builder) base(ctx context.Context, apt []string) (*blob, string, error)
 // function fills dir with the tree of the topmost layer, compiling the source first where the recipe says so.
 func (b *builder) function(ctx context.Context, name string, r recipe, dir string, lower, apt []string) error {
 	if r.Runtime == "native" {
-		return b.nativeLoader(ctx, name, r, filepath.Join(dir, r.dir()))
+		return b.step(name, "compile its loader", func() error {
+			return compileNative(ctx, r.Loader, filepath.Dir(dir), filepath.Join(dir, r.dir(), "loader"))
+		})
 	}
 	if len(r.Compile) == 0 {
 		return writeTree(filepath.Join(dir, r.dir()), r.files(), 0o644)
@@ -158,8 +186,16 @@ func (b *builder) function(ctx context.Context, name string, r recipe, dir strin
 	if err := writeTree(filepath.Join(compiled, r.dir()), r.files(), 0o644); err != nil {
 		return err
 	}
+	compiler := r.Compiler
+	if r.On != "" { // more is compiled upon that image: the compiler is kept
+		tree, err := b.compiler(ctx, r, lower, apt)
+		if err != nil {
+			return err
+		}
+		lower, compiler = append([]string{tree}, lower...), nil
+	}
 	err := b.step(name, "compile "+cmp.Or(r.File, "its loader"), func() error {
-		return overlay(ctx, compiled, lower, apt, r.Compiler, r.dir(), r.Compile)
+		return overlay(ctx, compiled, lower, apt, compiler, r.dir(), r.Compile)
 	})
 	if err != nil {
 		return err

@@ -43,7 +43,7 @@ func Names() []string {
 	return []string{
 		"python", "java", "node", "go", "pause",
 		"fat", "layers", "smallfiles", "torture",
-		"runtime-python", "runtime-node", "runtime-native",
+		"runtime-python", "runtime-java", "runtime-node", "runtime-native",
 	}
 }
 

@@ -22,9 +22,11 @@ printf '%s\n' "$settings" >etc/apt/apt.conf.d/99build
 printf '#!/bin/sh\nexit 101\n' >usr/sbin/policy-rc.d
 chmod 755 usr/sbin/policy-rc.d
 
-chroot . apt-get -q update
-# shellcheck disable=SC2086 # one word each
-chroot . apt-get -q -o Dpkg::Options::=--force-unsafe-io install -y --no-install-recommends $packages
+if [ -n "$packages" ]; then
+  chroot . apt-get -q update
+  # shellcheck disable=SC2086 # one word each
+  chroot . apt-get -q -o Dpkg::Options::=--force-unsafe-io install -y --no-install-recommends $packages
+fi
 [ $# = 0 ] || chroot . sh -euc 'cd "$1"; shift; "$@"' sh "$workdir" "$@"
 
 rm etc/resolv.conf etc/apt/apt.conf.d/99build usr/sbin/policy-rc.d

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -46,29 +47,22 @@ func runtimeEntrypoint(name string) []string {
 	}[name]
 }
 
-// nativeLoader compiles the loader of the native Runtime into dir.
-func (b *builder) nativeLoader(ctx context.Context, name string, r recipe, dir string) error {
-	work, err := os.MkdirTemp(filepath.Dir(filepath.Dir(filepath.Dir(dir))), "native-")
-	if err != nil {
-		return err
-	}
-	defer func() { _ = os.RemoveAll(work) }()
-	source, program := filepath.Join(work, "source"), filepath.Join(work, "loader")
-	files := map[string][]byte{"go.mod": []byte("module loader\n\ngo 1.22\n")}
-	for name, text := range r.Loader {
-		files[name] = text
-	}
+// compileNative makes a static program of Go sources, in folders that it makes in work.
+func compileNative(ctx context.Context, sources map[string][]byte, work, program string) error {
+	source, compiled := filepath.Join(work, "source"), filepath.Join(work, "compiled")
+	files := map[string][]byte{"go.mod": []byte("module function\n\ngo 1.22\n")}
+	maps.Copy(files, sources)
 	if err := writeTree(source, files, 0o644); err != nil {
 		return err
 	}
-	if err := b.step(name, "compile its loader", func() error { return compileGo(ctx, source, program) }); err != nil {
+	if err := compileGo(ctx, source, compiled); err != nil {
 		return err
 	}
-	text, err := os.ReadFile(program)
+	text, err := os.ReadFile(compiled)
 	if err != nil {
 		return err
 	}
-	return writeTree(dir, map[string][]byte{"loader": text}, 0o755)
+	return writeTree(filepath.Dir(program), map[string][]byte{filepath.Base(program): text}, 0o755)
 }
 
 // layoutLayer returns a layer of a layout's image, the lowest being 0, as the file that the layout has it in.

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/pflag"

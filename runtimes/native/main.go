@@ -77,6 +77,9 @@ func takeControl() error {
 	if err := syscall.Dup3(0, control, syscall.O_CLOEXEC); err != nil {
 		return err
 	}
+	if err := syscall.SetNonblock(control, false); err != nil {
+		return err
+	}
 	null, err := syscall.Open(os.DevNull, syscall.O_RDONLY, 0)
 	if err != nil {
 		return err

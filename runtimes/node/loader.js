@@ -338,9 +338,9 @@ function preload(names) {
   return { preloaded, missing };
 }
 
-/** Sends requests through the whole server, so that a Function's first one finds everything compiled and set up. */
+/** Loads a Function and sends requests through the whole server, so that a user's first one finds everything compiled and set up. */
 async function warmUp() {
-  const server = makeServer((request, response) => response.status(200).send(request.path), 'http');
+  const server = makeServer(await importFunction(__dirname, 'warm.hello', 'http'), 'http');
   await listen(server, '127.0.0.1:0');
   const agent = new http.Agent({ keepAlive: true });
   const request = (method, body) => new Promise((resolve, reject) => {

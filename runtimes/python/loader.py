@@ -765,6 +765,7 @@ def leave(status):
 def take_control():
     """Takes the control socket from descriptor 0, where foreign code would find it."""
     control = socket.socket(fileno=os.dup(0))  # which is not inherited
+    control.setblocking(True)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -33,6 +33,10 @@ const answers = {
     inside.push(res);
     if (inside.length === 50) inside.forEach((each) => each.send('together'));
   },
+  '/cut': async (req, res) => {
+    await new Promise((resolve) => res.write('first\n', resolve));
+    throw new Error('the reason');
+  },
   '/fail': async () => { throw new Error('the reason'); },
   '/hour': (req, res) => res.send(String(new Date(0).getHours())),
   '/data': (req, res) => res.send(fs.readFileSync('data.txt', 'utf8')),

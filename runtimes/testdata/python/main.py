@@ -58,6 +58,14 @@ def do_fail(request):
     raise ValueError("the reason")
 
 
+def do_cut(request):
+    def blocks():
+        yield "first\n"
+        raise ValueError("the reason")
+
+    return flask.Response(blocks(), mimetype="text/plain")
+
+
 def do_exit(request):
     raise SystemExit(3)
 

@@ -1,0 +1,4 @@
+package io.cloudevents;
+
+/** All of an event but its data. */
+public interface CloudEventContext extends CloudEventAttributes, CloudEventExtensions {}

@@ -1,0 +1,6 @@
+package io.cloudevents;
+
+/** The data of an event. */
+public interface CloudEventData {
+    byte[] toBytes();
+}
