@@ -234,19 +234,26 @@ func TestInstallIsInterrupted(t *testing.T) {
 	}
 	t.Setenv("FIFO", fifo)
 	tool(t, "pip", `exec 3>"$FIFO"; echo started >&3; mkfifo "$FIFO.never"; cat "$FIFO.never" & wait`)
+	started, err := os.OpenFile(fifo, os.O_RDWR|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	done := make(chan error, 1)
 	i := open(t, folder(t, "main.py", "requirements.txt=x")).Installer(codepack.Python)
-	go func() { done <- i.Install(ctx) }()
-	pipe, err := os.Open(fifo) // waits for the tool
+	go func() {
+		done <- i.Install(ctx)
+		_ = started.Close() // so that nobody waits for what did not start
+	}()
+	if _, err := started.Read(make([]byte, len("started\n"))); err != nil {
+		t.Fatal(<-done)
+	}
+	pipe, err := os.OpenFile(fifo, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer pipe.Close()
-	if _, err := pipe.Read(make([]byte, 8)); err != nil {
-		t.Fatal(err)
-	}
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("error %v", err)
