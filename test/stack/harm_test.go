@@ -66,7 +66,7 @@ func TestHostile(t *testing.T) {
 		s.Resources = &hearthv1.Resources{MemoryBytes: hostileMemoryBytes}
 		s.Scaling.Frozen, s.Scaling.Max = -1, 1
 	})
-	load := d.load(neighbours)
+	load := d.load(neighbours, longStart)
 	defer load.stop()
 	if silent, _ := load.answeredSince(t.Context(), load.now(), longStart); len(silent) > 0 {
 		t.Fatalf("%v do not answer before any harm is done: %v", silent, load.lastError())
