@@ -49,7 +49,7 @@ func harms() map[string]harm {
 		"fills its tmpfs":     {path: "/fill?dir=/dev/shm&mib=1024", check: bounded("MiB written", 0, 64)},
 		"fills its root":      {path: "/fill?dir=/&mib=256", check: bounded("MiB written", 0, 256)},
 		"ignores SIGTERM":     {path: "/deaf"},
-		"closes its listener": {path: "/close"},
+		"closes its listener": {path: "/close", within: longStart},
 		"floods its log":      {path: "/flood?mib=1024"},
 	}
 }
