@@ -24,7 +24,7 @@ func preloads() map[string]string {
 	return map[string]string{"python": "numpy,pandas,flask,requests"}
 }
 
-// deploy makes the case's Functions, all alike, and returns their names. What has no Runtime is an image; the rest is deployed as a
+// deploy makes the case's Functions, all alike, and returns their names, also of those that it did not get to. What has no Runtime is an image; the rest is deployed as a
 // user does, by `hearth`, and then copied.
 func (h *handoff) deploy(ctx context.Context, c handoffCase) (functions []string, err error) {
 	for i := range c.functions() {
@@ -37,18 +37,18 @@ func (h *handoff) deploy(ctx context.Context, c handoffCase) (functions []string
 		spec, err = h.deployCode(ctx, c, functions[0])
 	}
 	if err != nil {
-		return nil, err
+		return functions, err
 	}
 	spec.Scaling = &hearthv1.Scaling{Max: 1}
 	if c.degree == fromRevision { // it is frozen as soon as it is idle
 		spec.Scaling.Window, spec.Scaling.Grace = durationpb.New(time.Second), durationpb.New(0)
 	}
 	h.o.say("%s: deploying %d functions", c, len(functions))
-	for i, f := range functions {
+	for _, f := range functions {
 		spec := proto.CloneOf(spec)
 		_, err := h.stack.functions.Apply(ctx, connect.NewRequest(&hearthv1.ApplyRequest{Function: &hearthv1.Function{Name: f, Spec: spec}, Prepare: true}))
 		if err != nil {
-			return functions[:i], fmt.Errorf("deploy %s: %w", f, err)
+			return functions, fmt.Errorf("deploy %s: %w", f, err)
 		}
 	}
 	return functions, nil
@@ -109,7 +109,8 @@ func (h *handoff) hearthCommand(ctx context.Context, args ...string) error {
 func (h *handoff) retire(ctx context.Context, c handoffCase, functions []string) error {
 	var errs []error
 	for _, f := range functions {
-		if _, err := h.stack.functions.Delete(ctx, connect.NewRequest(&hearthv1.DeleteRequest{Name: f})); err != nil {
+		_, err := h.stack.functions.Delete(ctx, connect.NewRequest(&hearthv1.DeleteRequest{Name: f}))
+		if err != nil && connect.CodeOf(err) != connect.CodeNotFound {
 			errs = append(errs, fmt.Errorf("delete %s: %w", f, err))
 		}
 	}

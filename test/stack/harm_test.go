@@ -49,7 +49,7 @@ func harms() map[string]harm {
 		"fills its tmpfs":     {path: "/fill?dir=/dev/shm&mib=1024", check: bounded("MiB written", 0, 64)},
 		"fills its root":      {path: "/fill?dir=/&mib=256", check: bounded("MiB written", 0, 256)},
 		"ignores SIGTERM":     {path: "/deaf"},
-		"closes its listener": {path: "/close"},
+		"closes its listener": {path: "/close", within: longStart},
 		"floods its log":      {path: "/flood?mib=1024"},
 	}
 }
@@ -66,7 +66,7 @@ func TestHostile(t *testing.T) {
 		s.Resources = &hearthv1.Resources{MemoryBytes: hostileMemoryBytes}
 		s.Scaling.Frozen, s.Scaling.Max = -1, 1
 	})
-	load := d.load(neighbours)
+	load := d.load(neighbours, longStart)
 	defer load.stop()
 	if silent, _ := load.answeredSince(t.Context(), load.now(), longStart); len(silent) > 0 {
 		t.Fatalf("%v do not answer before any harm is done: %v", silent, load.lastError())

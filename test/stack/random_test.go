@@ -39,7 +39,7 @@ func TestKilledAtRandom(t *testing.T) {
 	h := newHistory(freezing...)
 	stopWatching := h.watch(d)
 	defer stopWatching()
-	load := d.load(functions)
+	load := d.load(functions, recovery)
 	defer load.stop()
 	within := longStart
 	if *kills >= killsForRecovery {
@@ -135,14 +135,15 @@ type load struct {
 	last          error
 }
 
-func (d *deployment) load(functions []drilled) *load {
+// load begins to ask; an answer may take as long as patience has it.
+func (d *deployment) load(functions []drilled, patience time.Duration) *load {
 	ctx, cancel := context.WithCancel(context.Background())
 	l := &load{began: time.Now(), good: map[string]time.Duration{}, changed: make(chan struct{})}
 	var work sync.WaitGroup
 	for _, f := range functions {
 		l.good[f.name] = -1
 		for range 2 {
-			work.Go(func() { l.ask(ctx, d, f) })
+			work.Go(func() { l.ask(ctx, d, f, patience) })
 		}
 	}
 	work.Go(func() { l.startAnew(ctx, d, functions) })
@@ -155,10 +156,10 @@ func (d *deployment) load(functions []drilled) *load {
 
 func (l *load) now() time.Duration { return time.Since(l.began) }
 
-func (l *load) ask(ctx context.Context, d *deployment, f drilled) {
+func (l *load) ask(ctx context.Context, d *deployment, f drilled, patience time.Duration) {
 	for ctx.Err() == nil {
 		began := l.now()
-		asked, cancel := context.WithTimeout(ctx, recovery)
+		asked, cancel := context.WithTimeout(ctx, patience)
 		err := f.identify(asked, d.web.client, d.web.url(f.name))
 		cancel()
 		if ctx.Err() == nil {
