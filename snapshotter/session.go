@@ -232,6 +232,13 @@ func (s *sessions) prepared(se *session, diffID digest.Digest) {
 	}
 }
 
+// fulfil notes that all of the image's snapshots were there already.
+func (s *sessions) fulfil(se *session) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	se.complete = true
+}
+
 // refuse notes that the image cannot be had: who pulls it next begins afresh, and what else was fetched for it goes.
 func (s *sessions) refuse(se *session) {
 	s.mu.Lock()
