@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/hearth-serverless/hearth/bench/link"
 )
 
 // quickTime is what a quick run has, with the building of images that were not cached; it makes one round at least.
@@ -20,6 +22,9 @@ const quickTime = 105 * time.Second
 //   - pull_time_synced: pull_time and then `sync -f`, for all alike.
 //   - ready_time: pull_time and the start of a container of the image, until its process listens. The sync is not in it.
 //   - bytes_fetched: what the registry wrote meanwhile, headers and all.
+//   - fetch_time: of it, the time in which nodeagent waited for at least one range of a layer, by its own metrics. Peers do not tell.
+//   - fetch_rate, link_used: what came in that time, and its share of what the link can do. Time in which all that may be fetched
+//     ahead is here, and waits to be unpacked, is not in it.
 //   - bytes_written: what went to the disk, until all of it was durable.
 //   - cpu_seconds: of the system's daemons and the children that they waited for, from /proc, as of the end of the pull.
 //   - prepare_wait: for the image of small files, the longest that the Prepare of another snapshot took beside the pull.
@@ -164,7 +169,7 @@ func (p *puller) measure(ctx context.Context, n *node, c pullCase, system, ref s
 	if err := syncFS(n.dir); err != nil { // what starting left is not the pull's
 		return 0, err
 	}
-	before, err := p.usage(n)
+	before, err := p.usage(ctx, n)
 	if err != nil {
 		return 0, err
 	}
@@ -178,7 +183,7 @@ func (p *puller) measure(ctx context.Context, n *node, c pullCase, system, ref s
 	if err != nil {
 		return 0, err
 	}
-	after, err := p.usage(n)
+	after, err := p.usage(ctx, n)
 	if err != nil {
 		return 0, err
 	}
@@ -196,6 +201,7 @@ func (p *puller) measure(ctx context.Context, n *node, c pullCase, system, ref s
 	add("cpu_seconds", "s", after.cpu-before.cpu)
 	add("bytes_fetched", "bytes", after.fetched-before.fetched)
 	add("bytes_written", "bytes", disk-before.written)
+	addFetching(before.fetching, after.fetching, link.Named()[c.link], add)
 	if err := addMemory(n, add); err != nil {
 		return 0, err
 	}
@@ -211,9 +217,12 @@ func (p *puller) measure(ctx context.Context, n *node, c pullCase, system, ref s
 }
 
 // usage of a system at one moment.
-type usage struct{ cpu, fetched, written float64 }
+type usage struct {
+	cpu, fetched, written float64
+	fetching              fetching // zero of who does not tell
+}
 
-func (p *puller) usage(n *node) (u usage, err error) {
+func (p *puller) usage(ctx context.Context, n *node) (u usage, err error) {
 	pids, err := n.processes()
 	if err != nil {
 		return u, err
@@ -223,6 +232,11 @@ func (p *puller) usage(n *node) (u usage, err error) {
 	}
 	if u.fetched, err = p.origin.sent(); err != nil {
 		return u, err
+	}
+	if n.fetched != nil {
+		if u.fetching, err = n.fetched(ctx); err != nil {
+			return u, err
+		}
 	}
 	u.written, err = deviceWritten(n.dir)
 	return u, err

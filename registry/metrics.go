@@ -17,6 +17,8 @@ type metrics struct {
 
 	ranges, throttles, skipped, redirects, hedgedBytes prometheus.Counter
 	hedges                                             *prometheus.CounterVec
+
+	awaited, open stretches // hosts are awaited by at least one range; at least one blob is open
 }
 
 func newMetrics(reg prometheus.Registerer, b *budget) (*metrics, error) {
@@ -57,10 +59,18 @@ func newMetrics(reg prometheus.Registerer, b *budget) (*metrics, error) {
 		Name: "hearth_registry_buffer_bytes",
 		Help: "Memory of range buffers in use.",
 	}, func() float64 { return float64(b.bytesInUse()) })
+	fetching := prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "hearth_registry_fetching_seconds_total",
+		Help: "Time in which at least one part of a blob was awaited from a registry. Waiting for memory, which is for who unpacks, is not in it.",
+	}, m.awaited.seconds)
+	reading := prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "hearth_registry_reading_seconds_total",
+		Help: "Time in which at least one blob was being read. What it is above the fetching, the readers were behind the registries.",
+	}, m.open.seconds)
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.bytes, m.requests, m.retries, m.inFlight, buffered,
+	for _, c := range []prometheus.Collector{m.bytes, m.requests, m.retries, m.inFlight, buffered, fetching, reading,
 		m.ranges, m.throttles, m.skipped, m.redirects, m.hedgedBytes, m.hedges} {
 		if err := reg.Register(c); err != nil {
 			return nil, err

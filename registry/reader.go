@@ -78,6 +78,7 @@ func (r *reader) Close() error {
 	if !r.closed {
 		r.closed = true
 		r.blob.repo.client.budget.open.Add(-1)
+		r.blob.repo.client.metrics.open.end()
 	}
 	r.release()
 	return nil
