@@ -11,11 +11,15 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
+	"github.com/hearth-serverless/hearth/bench/images"
 	"github.com/hearth-serverless/hearth/bench/link"
 )
 
-// fetching is what a nodeagent has fetched since it started, and in how much time in which it waited for the registry.
-type fetching struct{ bytes, seconds float64 }
+// fetching is what a nodeagent has fetched since it started, and in how much time in which it waited for the registry; and of both
+// what was while a layer had nothing to be unpacked, so that the link was the bound and not the unpacking.
+type fetching struct{ bytes, seconds, starvedBytes, starvedSeconds float64 }
 
 // fetched asks a nodeagent's metrics, which are on a Unix socket.
 func fetched(ctx context.Context, socket string) (f fetching, err error) {
@@ -37,11 +41,13 @@ func fetched(ctx context.Context, socket string) (f fetching, err error) {
 	return parseFetching(resp.Body)
 }
 
-// parseFetching reads two counters without labels from Prometheus' text.
+// parseFetching reads counters without labels from Prometheus' text.
 func parseFetching(metrics io.Reader) (f fetching, err error) {
 	missing := map[string]*float64{
 		"hearth_registry_fetched_bytes_total":    &f.bytes,
 		"hearth_registry_fetching_seconds_total": &f.seconds,
+		"hearth_registry_starved_bytes_total":    &f.starvedBytes,
+		"hearth_registry_starved_seconds_total":  &f.starvedSeconds,
 	}
 	lines := bufio.NewScanner(metrics)
 	for lines.Scan() {
@@ -64,16 +70,59 @@ func parseFetching(metrics io.Reader) (f fetching, err error) {
 	return f, nil
 }
 
-// addFetching files the rate of a pull's fetching, and how much of the link that is.
+// addFetching files what a pull's fetching was like, on a link of so much a second if it is bounded.
 func addFetching(before, after fetching, speed link.Speed, add func(metric, unit string, sample float64)) {
-	seconds := after.seconds - before.seconds
+	seconds, starved := after.seconds-before.seconds, after.starvedSeconds-before.starvedSeconds
 	if seconds <= 0 {
 		return
 	}
-	rate := (after.bytes - before.bytes) / seconds
 	add("fetch_time", "s", seconds)
-	add("fetch_rate", "MB/s", rate/1e6)
-	if speed.BytesPerSecond > 0 {
-		add("link_used", "%", 100*rate/float64(speed.BytesPerSecond))
+	add("fetch_rate", "MB/s", (after.bytes-before.bytes)/seconds/1e6)
+	add("link_wait", "s", starved)
+	if speed.BytesPerSecond > 0 && starved > 0 {
+		add("link_used", "%", 100*(after.starvedBytes-before.starvedBytes)/starved/float64(speed.BytesPerSecond))
 	}
+}
+
+// onlyFetch is a system that reads the layers of a case and throws them away: what is left of a link on a machine that has the two
+// ends of it to serve as well, and others' work. No pull can be faster.
+const onlyFetch = "only-fetch"
+
+// fetchOnly fetches layers as fast as a link allows, and returns how long that took.
+func fetchOnly(ctx context.Context, address, repository string, layers []images.Layer) (time.Duration, error) {
+	const connections, rangeBytes = 8, 4 << 20
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: connections}}
+	defer client.CloseIdleConnections()
+	start := time.Now()
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(connections)
+	for _, l := range layers {
+		for off := int64(0); off < l.Bytes; off += rangeBytes {
+			group.Go(func() error {
+				return fetchRange(ctx, client, "http://"+address+"/v2/"+repository+"/blobs/"+l.Digest, off, min(off+rangeBytes, l.Bytes))
+			})
+		}
+	}
+	if err := group.Wait(); err != nil {
+		return 0, fmt.Errorf("only fetch: %w", err)
+	}
+	return time.Since(start), nil
+}
+
+func fetchRange(ctx context.Context, client *http.Client, url string, from, to int64) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", from, to-1))
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	n, err := io.Copy(io.Discard, resp.Body)
+	if err == nil && (resp.StatusCode != http.StatusPartialContent || n != to-from) {
+		err = fmt.Errorf("%s: status %d with %d bytes to a range of %d", url, resp.StatusCode, n, to-from)
+	}
+	return err
 }

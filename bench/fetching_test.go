@@ -1,38 +1,68 @@
 package bench
 
 import (
+	"bytes"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/hearth-serverless/hearth/bench/images"
 	"github.com/hearth-serverless/hearth/bench/link"
 )
 
 func TestFetching(t *testing.T) {
-	metrics := func(bytes, seconds string) string {
+	metrics := func(bytes, seconds, starvedBytes, starved string) string {
 		return "# HELP hearth_registry_fetched_bytes_total Body bytes.\n# TYPE hearth_registry_fetched_bytes_total counter\n" +
-			"hearth_registry_fetched_bytes_total " + bytes + "\nhearth_registry_fetching_seconds_total " + seconds + "\nother{label=\"a b\"} 3\n"
+			"hearth_registry_fetched_bytes_total " + bytes + "\nhearth_registry_fetching_seconds_total " + seconds +
+			"\nhearth_registry_starved_bytes_total " + starvedBytes + "\nhearth_registry_starved_seconds_total " + starved + "\nother{label=\"a b\"} 3\n"
 	}
-	before, err := parseFetching(strings.NewReader(metrics("1e+06", "0.5")))
+	before, err := parseFetching(strings.NewReader(metrics("1e+06", "0.5", "0", "0")))
 	if err != nil {
 		t.Fatal(err)
 	}
-	after, err := parseFetching(strings.NewReader(metrics("1.01e+08", "1.5")))
+	after, err := parseFetching(strings.NewReader(metrics("1.01e+08", "2.5", "25e6", "0.25")))
 	if err != nil {
 		t.Fatal(err)
 	}
 	got := map[string]float64{}
 	addFetching(before, after, link.Named()["capped"], func(metric, unit string, sample float64) { got[metric+" "+unit] = sample })
-	if len(got) != 3 || got["fetch_time s"] != 1 || got["fetch_rate MB/s"] != 100 || got["link_used %"] != 80 {
-		t.Errorf("got %v", got)
+	want := map[string]float64{"fetch_time s": 2, "fetch_rate MB/s": 50, "link_wait s": 0.25, "link_used %": 80}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
 	}
 	clear(got)
 	addFetching(before, before, link.Speed{}, func(metric, _ string, sample float64) { got[metric] = sample })
 	if len(got) != 0 {
 		t.Errorf("of no fetching: %v", got)
 	}
-	for _, bad := range []string{"", metrics("many", "1"), "hearth_registry_fetched_bytes_total 1\n"} {
+	for _, bad := range []string{"", metrics("many", "1", "1", "1"), "hearth_registry_fetched_bytes_total 1\n"} {
 		if _, err := parseFetching(strings.NewReader(bad)); err == nil {
 			t.Errorf("%q is taken", bad)
 		}
+	}
+}
+
+func TestFetchOnly(t *testing.T) {
+	data := make([]byte, 9<<20)
+	short := false
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v2/lib/app/blobs/{digest}", func(w http.ResponseWriter, r *http.Request) {
+		if short {
+			r.Header.Del("Range")
+		}
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(data))
+	})
+	server := httptest.NewServer(mux)
+	defer server.Close()
+	layers := []images.Layer{{Digest: "sha256:1", Bytes: int64(len(data))}, {Digest: "sha256:2", Bytes: int64(len(data))}}
+	if _, err := fetchOnly(t.Context(), server.Listener.Addr().String(), "lib/app", layers); err != nil {
+		t.Error(err)
+	}
+	short = true
+	if _, err := fetchOnly(t.Context(), server.Listener.Addr().String(), "lib/app", layers); err == nil {
+		t.Error("an answer that is no range is taken")
 	}
 }

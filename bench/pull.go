@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/hearth-serverless/hearth/bench/images"
 	"github.com/hearth-serverless/hearth/bench/link"
 )
 
@@ -22,9 +23,10 @@ const quickTime = 105 * time.Second
 //   - pull_time_synced: pull_time and then `sync -f`, for all alike.
 //   - ready_time: pull_time and the start of a container of the image, until its process listens. The sync is not in it.
 //   - bytes_fetched: what the registry wrote meanwhile, headers and all.
-//   - fetch_time: of it, the time in which nodeagent waited for at least one range of a layer, by its own metrics. Peers do not tell.
-//   - fetch_rate, link_used: what came in that time, and its share of what the link can do. Time in which all that may be fetched
-//     ahead is here, and waits to be unpacked, is not in it.
+//   - fetch_time: of it, the time in which nodeagent awaited at least one range of a layer, by its own metrics, which peers do not
+//     have; and fetch_rate, what came in that time. On a bounded link there is only-fetch beside it, which fetches and does no more.
+//   - link_wait: the time in which a layer had nothing to be unpacked, and link_used, what came in that time as a share of what the
+//     link can do. In the rest of the time the unpacking is what the pull waits for, and the link cannot be full for long.
 //   - bytes_written: what went to the disk, until all of it was durable.
 //   - cpu_seconds: of the system's daemons and the children that they waited for, from /proc, as of the end of the pull.
 //   - prepare_wait: for the image of small files, the longest that the Prepare of another snapshot took beside the pull.
@@ -98,6 +100,9 @@ func (p *puller) possible(ctx context.Context, cases []pullCase) []pullCase {
 // round pulls a case with all systems, beginning with another one each time.
 func (p *puller) round(ctx context.Context, round int, c pullCase) error {
 	trees := map[string]map[string]string{}
+	if err := p.onlyFetch(ctx, c); err != nil {
+		return err
+	}
 	for i := range p.systems {
 		system := p.systems[(i+round)%len(p.systems)]
 		took, tree, err := p.pull(ctx, c, system, round == 0)
@@ -111,6 +116,28 @@ func (p *puller) round(ctx context.Context, round int, c pullCase) error {
 		return nil
 	}
 	return p.compare(c, trees)
+}
+
+// onlyFetch measures what a bounded link has for a case.
+func (p *puller) onlyFetch(ctx context.Context, c pullCase) error {
+	if link.Named()[c.link].BytesPerSecond == 0 || c.encoding == siblings { // which of those are taken is the node's choice
+		return nil
+	}
+	layout, err := p.origin.layout(ctx, c)
+	if err != nil {
+		return err
+	}
+	layers, err := images.Layers(layout)
+	if err != nil {
+		return err
+	}
+	repository, _, _ := strings.Cut(p.origin.refs[c.image+"-"+c.encoding], ":")
+	took, err := fetchOnly(ctx, p.origin.links[c.link], repository, layers)
+	if err != nil {
+		return err
+	}
+	p.report.Add(c.String(), onlyFetch, "fetch_time", "s", took.Seconds())
+	return nil
 }
 
 // compare holds hearth's tree to containerd's. A peer may have its own idea of a tree, which the reader is told.

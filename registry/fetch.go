@@ -32,7 +32,7 @@ func (b *blob) fetch(ctx context.Context, s *span, right *lease) {
 	defer s.cancel()
 	defer s.finish()
 	b.repo.client.metrics.ranges.Inc()
-	at := &cursor{span: s, pos: s.off, end: s.end, lease: right, awaited: &b.repo.client.metrics.awaited}
+	at := &cursor{span: s, pos: s.off, end: s.end, lease: right, awaited: b.repo.client.metrics.awaited}
 	err := b.repo.each(ctx, b.sites, &b.site, func(ctx context.Context, from site) (int64, error) {
 		before := at.pos
 		err := b.attempt(ctx, from, at)

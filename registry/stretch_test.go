@@ -13,7 +13,7 @@ import (
 	"github.com/hearth-serverless/hearth/registry"
 )
 
-// Two blobs that come side by side count once, and a reader that stalls does not count as fetching.
+// Two blobs that come side by side count once; a reader that stalls counts neither as fetching nor as starved.
 func TestFetchingIsTimed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := newOrigin()
@@ -34,30 +34,33 @@ func TestFetchingIsTimed(t *testing.T) {
 			defer r.Close()
 			readers = append(readers, r)
 		}
-		check := func(fetching, reading float64) {
+		check := func(fetching, starved, bytes float64) {
 			t.Helper()
 			synctest.Wait()
-			if got := counter(t, reg, "hearth_registry_fetching_seconds_total", ""); math.Abs(got-fetching) > 1e-6 {
-				t.Errorf("%v s of fetching, want %v", got, fetching)
-			}
-			if got := counter(t, reg, "hearth_registry_reading_seconds_total", ""); math.Abs(got-reading) > 1e-6 {
-				t.Errorf("%v s of reading, want %v", got, reading)
+			for name, want := range map[string]float64{"fetching_seconds": fetching, "starved_seconds": starved, "starved_bytes": bytes} {
+				if got := counter(t, reg, "hearth_registry_"+name+"_total", ""); math.Abs(got-want) > 1e-6 {
+					t.Errorf("%s: %v, want %v", name, got, want)
+				}
 			}
 		}
 		time.Sleep(1500 * time.Millisecond)
-		check(1.5, 1.5) // both first ranges after a second, and then the second ones
+		check(1.5, 0, 0) // both first ranges after a second, and then the second ones; nobody reads
 		time.Sleep(time.Minute)
-		check(2, 61.5) // all that may be ahead is here
+		check(2, 0, 0) // all that may be ahead is here
+		first := make([]byte, 8192)
+		_, err := io.ReadFull(readers[0], first)
+		mustIs(t, err, nil)
+		check(2, 0, 0) // that was here
+		rest, err := io.ReadAll(readers[0])
+		mustIs(t, err, nil)
+		check(3, 1, float64(len(rest)))
+		all, err := io.ReadAll(readers[1])
+		mustIs(t, err, nil)
+		check(4, 2, float64(len(rest)+len(all)-8192))
 		for _, r := range readers {
-			_, err := io.ReadAll(r)
-			mustIs(t, err, nil)
 			r.Close()
 		}
-		before := counter(t, reg, "hearth_registry_fetching_seconds_total", "")
-		if before < 3 || before > 5 {
-			t.Errorf("%v s of fetching in the end", before)
-		}
 		time.Sleep(time.Minute)
-		check(before, before-2+61.5)
+		check(4, 2, float64(len(rest)+len(all)-8192))
 	})
 }
