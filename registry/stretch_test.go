@@ -21,14 +21,14 @@ func TestFetchingIsTimed(t *testing.T) {
 			time.Sleep(time.Second)
 			return false
 		}
+		layers := o.addBlobs(2, 12_000)
 		n := newFakeNet()
 		defer n.serve(home, o)()
 		reg := prometheus.NewRegistry()
 		c := newClient(t, n, registry.Config{MaxRangeBytes: 4096, MemoryBytes: 4 * 4096, Registerer: reg})
 		defer c.Close()
 		var readers []io.ReadCloser
-		for i := range 2 {
-			l, _ := o.addBlob(12_000 + i)
+		for _, l := range layers {
 			r, err := c.Open(t.Context(), repo, l)
 			mustIs(t, err, nil)
 			defer r.Close()
