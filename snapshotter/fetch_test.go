@@ -1,7 +1,10 @@
 package snapshotter_test
 
 import (
+	"bytes"
 	"errors"
+	"log/slog"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -37,7 +40,10 @@ func TestFetch(t *testing.T) {
 func TestFetchOfWhatIsThere(t *testing.T) {
 	f := newFake()
 	root := t.TempDir()
-	s := start(t, f, func(c *snapshotter.Config) { c.Root = root })
+	var lines bytes.Buffer // of pulls, which end one after the other
+	s := start(t, f, func(c *snapshotter.Config) {
+		c.Root, c.Logger = root, slog.New(slog.NewTextHandler(&lines, &slog.HandlerOptions{Level: slog.LevelInfo}))
+	})
 	img := f.image("registry.example/a:1", "base", "app")
 	p := pull{s: s, img: img}
 	base, _, err := p.prepare(t.Context(), 0, "")
@@ -61,6 +67,9 @@ func TestFetchOfWhatIsThere(t *testing.T) {
 	}
 	if left := list(t, root, "layers"); len(left) > 0 {
 		t.Errorf("layers %q are left", left)
+	}
+	if n := strings.Count(lines.String(), "image pulled"); n != 1 {
+		t.Errorf("%d lines of pulls, want that of the one that brought it", n)
 	}
 }
 
