@@ -3,6 +3,7 @@ package bench
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,10 +12,12 @@ import (
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hearth-serverless/hearth/bench/images"
 	"github.com/hearth-serverless/hearth/bench/link"
+	"github.com/hearth-serverless/hearth/registry"
 )
 
 // fetching is what a nodeagent has fetched since it started, and in how much time in which it waited for the registry; and of both
@@ -84,9 +87,16 @@ func addFetching(before, after fetching, speed link.Speed, add func(metric, unit
 	}
 }
 
-// onlyFetch is a system that reads the layers of a case and throws them away: what is left of a link on a machine that has the two
-// ends of it to serve as well, and others' work. No pull can be faster.
-const onlyFetch = "only-fetch"
+// Bounds of a pull over a link, which read the layers of a case and throw them away. onlyFetch is a plain client: what is left of the
+// link on a machine that has the two ends of it to serve as well, and others' work. hearthFetch is nodeagent's own client with
+// nothing behind it that could hold it back.
+const (
+	onlyFetch   = "only-fetch"
+	hearthFetch = "hearth-fetch"
+)
+
+// isBound says whether a system is no peer.
+func isBound(system string) bool { return system == onlyFetch || system == hearthFetch }
 
 // fetchOnly fetches layers as fast as a link allows, and returns how long that took.
 func fetchOnly(ctx context.Context, address, repository string, layers []images.Layer) (time.Duration, error) {
@@ -105,6 +115,32 @@ func fetchOnly(ctx context.Context, address, repository string, layers []images.
 	}
 	if err := group.Wait(); err != nil {
 		return 0, fmt.Errorf("only fetch: %w", err)
+	}
+	return time.Since(start), nil
+}
+
+// fetchByClient fetches layers as nodeagent does, all at once, in the memory that it has for that.
+func fetchByClient(ctx context.Context, address, repository string, layers []images.Layer) (time.Duration, error) {
+	const memory = 48 << 20 // of nodeagent's 128 MiB
+	client, err := registry.New(registry.Config{MemoryBytes: memory})
+	if err != nil {
+		return 0, err
+	}
+	defer client.Close()
+	start := time.Now()
+	group, ctx := errgroup.WithContext(ctx)
+	for _, l := range layers {
+		group.Go(func() error {
+			src, err := client.Open(ctx, address+"/"+repository, registry.Layer{Digest: digest.Digest(l.Digest), Size: l.Bytes})
+			if err != nil {
+				return err
+			}
+			_, err = io.Copy(io.Discard, src)
+			return errors.Join(err, src.Close())
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return 0, fmt.Errorf("fetch by nodeagent's client: %w", err)
 	}
 	return time.Since(start), nil
 }

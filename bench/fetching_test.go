@@ -2,6 +2,7 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hearth-serverless/hearth/bench/images"
 	"github.com/hearth-serverless/hearth/bench/link"
+	"github.com/opencontainers/go-digest"
 )
 
 func TestFetching(t *testing.T) {
@@ -45,24 +47,32 @@ func TestFetching(t *testing.T) {
 	}
 }
 
-func TestFetchOnly(t *testing.T) {
+func TestFetchAlone(t *testing.T) {
 	data := make([]byte, 9<<20)
-	short := false
+	broken := false
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v2/lib/app/blobs/{digest}", func(w http.ResponseWriter, r *http.Request) {
-		if short {
-			r.Header.Del("Range")
+		if broken {
+			http.NotFound(w, r)
+			return
 		}
 		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(data))
 	})
 	server := httptest.NewServer(mux)
 	defer server.Close()
-	layers := []images.Layer{{Digest: "sha256:1", Bytes: int64(len(data))}, {Digest: "sha256:2", Bytes: int64(len(data))}}
-	if _, err := fetchOnly(t.Context(), server.Listener.Addr().String(), "lib/app", layers); err != nil {
-		t.Error(err)
+	layers := []images.Layer{
+		{Digest: digest.FromString("1").String(), Bytes: int64(len(data))}, {Digest: digest.FromString("2").String(), Bytes: int64(len(data))},
 	}
-	short = true
-	if _, err := fetchOnly(t.Context(), server.Listener.Addr().String(), "lib/app", layers); err == nil {
-		t.Error("an answer that is no range is taken")
+	for name, fetch := range map[string]func(context.Context, string, string, []images.Layer) (time.Duration, error){
+		onlyFetch: fetchOnly, hearthFetch: fetchByClient,
+	} {
+		broken = false
+		if _, err := fetch(t.Context(), server.Listener.Addr().String(), "lib/app", layers); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		broken = true
+		if _, err := fetch(t.Context(), server.Listener.Addr().String(), "lib/app", layers); err == nil {
+			t.Errorf("%s: layers that are not there were fetched", name)
+		}
 	}
 }

@@ -24,7 +24,8 @@ const quickTime = 105 * time.Second
 //   - ready_time: pull_time and the start of a container of the image, until its process listens. The sync is not in it.
 //   - bytes_fetched: what the registry wrote meanwhile, headers and all.
 //   - fetch_time: of it, the time in which nodeagent awaited at least one range of a layer, by its own metrics, which peers do not
-//     have; and fetch_rate, what came in that time. On a bounded link there is only-fetch beside it, which fetches and does no more.
+//     have; and fetch_rate, what came in that time. On a bounded link there is only-fetch beside it, which fetches and does no more, and
+//     hearth-fetch, which is nodeagent's client with nothing to unpack.
 //   - link_wait: the time in which a layer had nothing to be unpacked, and link_used, what came in that time as a share of what the
 //     link can do. In the rest of the time the unpacking is what the pull waits for, and the link cannot be full for long.
 //   - bytes_written: what went to the disk, until all of it was durable.
@@ -100,7 +101,7 @@ func (p *puller) possible(ctx context.Context, cases []pullCase) []pullCase {
 // round pulls a case with all systems, beginning with another one each time.
 func (p *puller) round(ctx context.Context, round int, c pullCase) error {
 	trees := map[string]map[string]string{}
-	if err := p.onlyFetch(ctx, c); err != nil {
+	if err := p.fetchAlone(ctx, c); err != nil {
 		return err
 	}
 	for i := range p.systems {
@@ -118,9 +119,10 @@ func (p *puller) round(ctx context.Context, round int, c pullCase) error {
 	return p.compare(c, trees)
 }
 
-// onlyFetch measures what a bounded link has for a case.
-func (p *puller) onlyFetch(ctx context.Context, c pullCase) error {
-	if link.Named()[c.link].BytesPerSecond == 0 || c.encoding == siblings { // which of those are taken is the node's choice
+// fetchAlone measures what a bounded link has for a case.
+func (p *puller) fetchAlone(ctx context.Context, c pullCase) error {
+	speed := link.Named()[c.link]
+	if speed.BytesPerSecond == 0 || c.encoding == siblings { // which of those are taken is the node's choice
 		return nil
 	}
 	layout, err := p.origin.layout(ctx, c)
@@ -131,12 +133,21 @@ func (p *puller) onlyFetch(ctx context.Context, c pullCase) error {
 	if err != nil {
 		return err
 	}
-	repository, _, _ := strings.Cut(p.origin.refs[c.image+"-"+c.encoding], ":")
-	took, err := fetchOnly(ctx, p.origin.links[c.link], repository, layers)
-	if err != nil {
-		return err
+	bytes := int64(0)
+	for _, l := range layers {
+		bytes += l.Bytes
 	}
-	p.report.Add(c.String(), onlyFetch, "fetch_time", "s", took.Seconds())
+	repository, _, _ := strings.Cut(p.origin.refs[c.image+"-"+c.encoding], ":")
+	for system, fetch := range map[string]func(context.Context, string, string, []images.Layer) (time.Duration, error){
+		onlyFetch: fetchOnly, hearthFetch: fetchByClient,
+	} {
+		took, err := fetch(ctx, p.origin.links[c.link], repository, layers)
+		if err != nil {
+			return err
+		}
+		p.report.Add(c.String(), system, "fetch_time", "s", took.Seconds())
+		p.report.Add(c.String(), system, "link_used", "%", 100*float64(bytes)/took.Seconds()/float64(speed.BytesPerSecond))
+	}
 	return nil
 }
 
