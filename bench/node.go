@@ -28,6 +28,8 @@ type node struct {
 	stop                            func() error
 	// processes as they are now: the one that does the work, which is containerd if it has no helper, and then the others.
 	processes func() ([]int, error)
+	// fetched is what a node that tells has fetched so far; nil for others.
+	fetched func(context.Context) (fetching, error)
 }
 
 // startNode starts the system called system with all its data in dir, to pull from registry.
@@ -89,6 +91,13 @@ func startHearth(ctx context.Context, o *Options, dir, _ string) (*node, error) 
 			}
 			containerd, err := st.pid("containerd")
 			return []int{agent, containerd}, err
+		},
+		fetched: func(ctx context.Context) (fetching, error) {
+			admin, err := st.admin("nodeagent")
+			if err != nil {
+				return fetching{}, err
+			}
+			return fetched(ctx, admin)
 		},
 	}, nil
 }

@@ -8,6 +8,9 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/hearth-serverless/hearth/bench/images"
+	"github.com/hearth-serverless/hearth/bench/link"
 )
 
 // quickTime is what a quick run has, with the building of images that were not cached; it makes one round at least.
@@ -20,6 +23,11 @@ const quickTime = 105 * time.Second
 //   - pull_time_synced: pull_time and then `sync -f`, for all alike.
 //   - ready_time: pull_time and the start of a container of the image, until its process listens. The sync is not in it.
 //   - bytes_fetched: what the registry wrote meanwhile, headers and all.
+//   - fetch_time: of it, the time in which nodeagent awaited at least one range of a layer, by its own metrics, which peers do not
+//     have; and fetch_rate, what came in that time. On a bounded link there is only-fetch beside it, which fetches and does no more, and
+//     hearth-fetch, which is nodeagent's client with nothing to unpack.
+//   - link_wait: the time in which a layer had nothing to be unpacked, and link_used, what came in that time as a share of what the
+//     link can do. In the rest of the time the unpacking is what the pull waits for, and the link cannot be full for long.
 //   - bytes_written: what went to the disk, until all of it was durable.
 //   - cpu_seconds: of the system's daemons and the children that they waited for, from /proc, as of the end of the pull.
 //   - prepare_wait: for the image of small files, the longest that the Prepare of another snapshot took beside the pull.
@@ -93,6 +101,9 @@ func (p *puller) possible(ctx context.Context, cases []pullCase) []pullCase {
 // round pulls a case with all systems, beginning with another one each time.
 func (p *puller) round(ctx context.Context, round int, c pullCase) error {
 	trees := map[string]map[string]string{}
+	if err := p.fetchAlone(ctx, c); err != nil {
+		return err
+	}
 	for i := range p.systems {
 		system := p.systems[(i+round)%len(p.systems)]
 		took, tree, err := p.pull(ctx, c, system, round == 0)
@@ -106,6 +117,38 @@ func (p *puller) round(ctx context.Context, round int, c pullCase) error {
 		return nil
 	}
 	return p.compare(c, trees)
+}
+
+// fetchAlone measures what a bounded link has for a case.
+func (p *puller) fetchAlone(ctx context.Context, c pullCase) error {
+	speed := link.Named()[c.link]
+	if speed.BytesPerSecond == 0 || c.encoding == siblings { // which of those are taken is the node's choice
+		return nil
+	}
+	layout, err := p.origin.layout(ctx, c)
+	if err != nil {
+		return err
+	}
+	layers, err := images.Layers(layout)
+	if err != nil {
+		return err
+	}
+	bytes := int64(0)
+	for _, l := range layers {
+		bytes += l.Bytes
+	}
+	repository, _, _ := strings.Cut(p.origin.refs[c.image+"-"+c.encoding], ":")
+	for system, fetch := range map[string]func(context.Context, string, string, []images.Layer) (time.Duration, error){
+		onlyFetch: fetchOnly, hearthFetch: fetchByClient,
+	} {
+		took, err := fetch(ctx, p.origin.links[c.link], repository, layers)
+		if err != nil {
+			return err
+		}
+		p.report.Add(c.String(), system, "fetch_time", "s", took.Seconds())
+		p.report.Add(c.String(), system, "link_used", "%", 100*float64(bytes)/took.Seconds()/float64(speed.BytesPerSecond))
+	}
+	return nil
 }
 
 // compare holds hearth's tree to containerd's. A peer may have its own idea of a tree, which the reader is told.
@@ -164,7 +207,7 @@ func (p *puller) measure(ctx context.Context, n *node, c pullCase, system, ref s
 	if err := syncFS(n.dir); err != nil { // what starting left is not the pull's
 		return 0, err
 	}
-	before, err := p.usage(n)
+	before, err := p.usage(ctx, n)
 	if err != nil {
 		return 0, err
 	}
@@ -178,7 +221,7 @@ func (p *puller) measure(ctx context.Context, n *node, c pullCase, system, ref s
 	if err != nil {
 		return 0, err
 	}
-	after, err := p.usage(n)
+	after, err := p.usage(ctx, n)
 	if err != nil {
 		return 0, err
 	}
@@ -196,6 +239,7 @@ func (p *puller) measure(ctx context.Context, n *node, c pullCase, system, ref s
 	add("cpu_seconds", "s", after.cpu-before.cpu)
 	add("bytes_fetched", "bytes", after.fetched-before.fetched)
 	add("bytes_written", "bytes", disk-before.written)
+	addFetching(before.fetching, after.fetching, link.Named()[c.link], add)
 	if err := addMemory(n, add); err != nil {
 		return 0, err
 	}
@@ -211,9 +255,12 @@ func (p *puller) measure(ctx context.Context, n *node, c pullCase, system, ref s
 }
 
 // usage of a system at one moment.
-type usage struct{ cpu, fetched, written float64 }
+type usage struct {
+	cpu, fetched, written float64
+	fetching              fetching // zero of who does not tell
+}
 
-func (p *puller) usage(n *node) (u usage, err error) {
+func (p *puller) usage(ctx context.Context, n *node) (u usage, err error) {
 	pids, err := n.processes()
 	if err != nil {
 		return u, err
@@ -223,6 +270,11 @@ func (p *puller) usage(n *node) (u usage, err error) {
 	}
 	if u.fetched, err = p.origin.sent(); err != nil {
 		return u, err
+	}
+	if n.fetched != nil {
+		if u.fetching, err = n.fetched(ctx); err != nil {
+			return u, err
+		}
 	}
 	u.written, err = deviceWritten(n.dir)
 	return u, err

@@ -147,7 +147,7 @@ func (r *Report) against(row Row) (ratios, lost []string) {
 		}
 		ratio := fmt.Sprintf("%.2f of %s", row.P50/peer.P50, peer.System)
 		ratios = append(ratios, ratio)
-		if row.P50 > peer.P50*(1+alike) {
+		if row.P50 > peer.P50*(1+alike) && !isBound(peer.System) && row.Metric != "link_used" {
 			lost = append(lost, fmt.Sprintf("%s %s: %s", row.Case, row.Metric, ratio))
 		}
 	}

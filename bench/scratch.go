@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -77,11 +78,22 @@ func unmountAll(dir string) error {
 		if point != dir && !strings.HasPrefix(point, dir+"/") {
 			continue
 		}
-		if err := unix.Unmount(point, 0); err != nil {
+		if err := unmount(point); err != nil {
 			return fmt.Errorf("unmount %s: %w", point, err)
 		}
 	}
 	return nil
+}
+
+// unmount waits for who is about to leave: the kernel ends what was unmounted lazily, as images of layers are, in its own time, and
+// on a busy machine that is after the call.
+func unmount(point string) (err error) {
+	const patience, pause = 10 * time.Second, 20 * time.Millisecond
+	for end := time.Now().Add(patience); ; time.Sleep(pause) {
+		if err = unix.Unmount(point, 0); !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 // mountsBelow are the mounts below dir, itself not among them.

@@ -78,16 +78,27 @@ func (s *machineStack) url(function string) string { return s.status.Gateway + "
 
 // pid of a daemon as it runs now.
 func (s *machineStack) pid(name string) (int, error) {
+	d, err := s.daemon(name)
+	return d.PID, err
+}
+
+// admin is the socket of a daemon's metrics.
+func (s *machineStack) admin(name string) (string, error) {
+	d, err := s.daemon(name)
+	return d.Admin, err
+}
+
+func (s *machineStack) daemon(name string) (stack.Daemon, error) {
 	st, err := stack.ReadStatus(s.status.Run)
 	if err != nil {
-		return 0, err
+		return stack.Daemon{}, err
 	}
 	for _, d := range st.Daemons {
 		if d.Name == name {
-			return d.PID, nil
+			return d, nil
 		}
 	}
-	return 0, fmt.Errorf("no daemon %s is running", name)
+	return stack.Daemon{}, fmt.Errorf("no daemon %s is running", name)
 }
 
 // deploy pushes a sample image and deploys it as a Function of the same name.

@@ -13,6 +13,8 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/hearth-serverless/hearth/internal/cripull"
 )
 
 // normalize gives a reference the form that containerd keeps images under.
@@ -44,31 +46,8 @@ func (n *node) Image(ctx context.Context, ref string) (*image, error) {
 
 // Pull implements images.
 func (n *node) Pull(ctx context.Context, ref string) error {
-	request := &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}}
-	if n.credentials != nil {
-		user, secret, err := n.credentials(ctx, ref)
-		if err != nil {
-			return fmt.Errorf("credentials for image %s: %w", ref, err)
-		}
-		if user != "" || secret != "" {
-			request.Auth = authOf(user, secret)
-		}
-	}
-	if n.fetch != nil {
-		_ = n.fetch(ctx, ref) // the pull says what is wrong
-	}
-	if _, err := n.image.PullImage(ctx, request); err != nil {
-		return fmt.Errorf("pull image %s: %w", ref, errgrpc.ToNative(err))
-	}
-	return nil
-}
-
-// authOf is a credential in the CRI's words, where an identity token has a field of its own.
-func authOf(user, secret string) *cri.AuthConfig {
-	if user == "" {
-		return &cri.AuthConfig{IdentityToken: secret}
-	}
-	return &cri.AuthConfig{Username: user, Password: secret}
+	_, err := cripull.Puller{Images: n.image, Credentials: n.credentials, Fetch: n.fetch}.Pull(ctx, ref)
+	return err
 }
 
 // RemoveImage implements images. containerd answers when its garbage collection has run.

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
@@ -97,28 +98,29 @@ func TestEncoder(t *testing.T) {
 	}
 }
 
-// TestEncoderFails has a writer that fails at some byte, and an Encoder that is given up.
+// TestEncoderFails has a writer that fails at some byte, and an Encoder that is given up. A goroutine of either that is left over fails
+// the test as a deadlock of its bubble.
 func TestEncoderFails(t *testing.T) {
 	errFull := errors.New("full")
 	data := mixed(4 * layer.FrameBytes)
-	routines := runtime.NumGoroutine()
-	for _, at := range []int{0, 1, 70_000, 300_000} {
-		w, err := layer.NewEncoder(&failingWriter{left: at, err: errFull}, layer.EncodingLZ4)
+	synctest.Test(t, func(t *testing.T) {
+		for _, at := range []int{0, 1, 70_000, 300_000} {
+			w, err := layer.NewEncoder(&failingWriter{left: at, err: errFull}, layer.EncodingLZ4)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, werr := w.Write(data)
+			if err := w.Close(); !errors.Is(err, errFull) || werr != nil && !errors.Is(werr, errFull) {
+				t.Errorf("writer fails at %d: Write %v, Close %v", at, werr, err)
+			}
+		}
+		w, err := layer.NewEncoder(io.Discard, layer.EncodingZstd)
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, werr := w.Write(data)
-		if err := w.Close(); !errors.Is(err, errFull) || werr != nil && !errors.Is(werr, errFull) {
-			t.Errorf("writer fails at %d: Write %v, Close %v", at, werr, err)
-		}
-	}
-	w, err := layer.NewEncoder(io.Discard, layer.EncodingZstd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, _ = w.Write(data)
-	w.Abort()
-	goroutinesEnd(t, routines)
+		_, _ = w.Write(data)
+		w.Abort()
+	})
 }
 
 type failingWriter struct {

@@ -38,15 +38,43 @@ type fakeNet struct {
 
 func newFakeNet() *fakeNet { return &fakeNet{hosts: map[string]*pipeListener{}} }
 
-// serve answers for addr until the returned function is called.
+// serve answers for addr until the returned function is called, which waits for the answers that are under way: a bubble whose test has
+// ended wakes nobody who sleeps.
 func (n *fakeNet) serve(addr string, h http.Handler) (stop func()) {
 	l := &pipeListener{conns: make(chan net.Conn), done: make(chan struct{})}
 	n.mu.Lock()
 	n.hosts[addr] = l
 	n.mu.Unlock()
-	srv := &http.Server{Handler: h}
+	s := &fakeHost{Handler: h}
+	srv := &http.Server{Handler: s}
 	go srv.Serve(l)
-	return func() { srv.Close() }
+	return func() {
+		srv.Close()
+		s.mu.Lock()
+		s.closed = true
+		s.mu.Unlock()
+		s.answers.Wait()
+	}
+}
+
+// fakeHost counts the answers that are under way.
+type fakeHost struct {
+	http.Handler
+	mu      sync.Mutex // guards closed
+	closed  bool
+	answers sync.WaitGroup
+}
+
+func (s *fakeHost) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return
+	}
+	s.answers.Add(1)
+	s.mu.Unlock()
+	defer s.answers.Done()
+	s.Handler.ServeHTTP(w, r)
 }
 
 func (n *fakeNet) dial(ctx context.Context, _, addr string) (net.Conn, error) {

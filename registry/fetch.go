@@ -19,7 +19,10 @@ type cursor struct {
 	lease  *lease // at the host that is asked, or the one to be asked
 	parked bool   // it has waited for memory
 	hedge  bool   // it is the span's second fetch
+	waits  bool   // for the host, which awaited counts
 	last   bool   // it has handed over the last byte
+
+	awaited *stretches // of all fetches: waiting for a host
 }
 
 // fetch brings the span s, with as many attempts as it takes, and closes s.out.
@@ -29,7 +32,7 @@ func (b *blob) fetch(ctx context.Context, s *span, right *lease) {
 	defer s.cancel()
 	defer s.finish()
 	b.repo.client.metrics.ranges.Inc()
-	at := &cursor{span: s, pos: s.off, end: s.end, lease: right}
+	at := &cursor{span: s, pos: s.off, end: s.end, lease: right, awaited: b.repo.client.metrics.awaited}
 	err := b.repo.each(ctx, b.sites, &b.site, func(ctx context.Context, from site) (int64, error) {
 		before := at.pos
 		err := b.attempt(ctx, from, at)
@@ -134,17 +137,29 @@ func (at *cursor) admit(ctx context.Context, from site) (err error) {
 
 // run says that the host is being waited for, rest that it is not.
 func (at *cursor) run() {
+	if !at.waits {
+		at.waits = true
+		at.awaited.begin()
+	}
 	if !at.hedge {
 		at.span.run()
 	}
 }
 
 func (at *cursor) rest() {
+	at.idle()
+	at.lease.park()
+	at.lease = nil
+}
+
+func (at *cursor) idle() {
+	if at.waits {
+		at.waits = false
+		at.awaited.end()
+	}
 	if !at.hedge {
 		at.span.rest()
 	}
-	at.lease.park()
-	at.lease = nil
 }
 
 // catchUp leaves out what the span's other fetch has handed over.
@@ -267,9 +282,7 @@ func (b *blob) needBlock(ctx context.Context, at *cursor) (err error) {
 func (at *cursor) pause() (resume func()) {
 	at.parked = true
 	at.lease.park()
-	if !at.hedge {
-		at.span.rest()
-	}
+	at.idle()
 	return func() {
 		at.lease.resume()
 		at.run()

@@ -157,3 +157,16 @@ func FuzzSiblings(f *testing.F) {
 		}
 	})
 }
+
+func FuzzNextPage(f *testing.F) {
+	f.Add(`</v2/a/referrers/sha256:1?n=10&last=x>; rel="next"`)
+	f.Add(`<https://h/first?p=0>; rel="first", </v2/a?p=2> ; REL = "last next" ; title="<"`)
+	f.Add(`<?>; rel=next`)
+	f.Add(`<?a=%zz&;>;rel=next,<`)
+	f.Add(`<<<>>>;;;===,,,`)
+	f.Fuzz(func(t *testing.T, link string) {
+		if q := nextPage([]string{link}); q != nil && len(link) > maxLinkBytes {
+			t.Fatalf("follows a link of %d bytes", len(link))
+		}
+	})
+}

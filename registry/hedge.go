@@ -141,7 +141,7 @@ func (b *blob) hedge(ctx context.Context, s *span) {
 		defer s.second.Done()
 		defer cancel()
 		from := s.given.Load()
-		c := &cursor{span: s, pos: from, end: s.end, lease: right, hedge: true}
+		c := &cursor{span: s, pos: from, end: s.end, lease: right, hedge: true, awaited: metrics.awaited}
 		err := b.attempt(ctx, at, c)
 		b.repo.client.budget.give(c.blk)
 		metrics.hedgedBytes.Add(float64(c.pos - from))

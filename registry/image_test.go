@@ -13,25 +13,31 @@ import (
 	"github.com/hearth-serverless/hearth/registry"
 )
 
+func platform(os, arch string) object { return object{"os": os, "architecture": arch} }
+
+// indexEntry is an image under a tag of the origin's.
+type indexEntry struct {
+	platform object
+	of       string
+}
+
+// index serves a list of images under the tag 1.
+func index(t *testing.T, o *origin, entries ...indexEntry) digest.Digest {
+	t.Helper()
+	var list []object
+	for _, e := range entries {
+		d := desc(ociManifest, o.manifests[e.of])
+		if e.platform != nil {
+			d["platform"] = e.platform
+		}
+		list = append(list, d)
+	}
+	return o.addManifest("1", encode(t, object{"schemaVersion": 2, "mediaType": ociIndex, "manifests": list}))
+}
+
 func TestImage(t *testing.T) {
 	layerType := func(mediaType string) func(object) {
 		return func(m object) { m["layers"].([]object)[0]["mediaType"] = mediaType }
-	}
-	platform := func(os, arch string) object { return object{"os": os, "architecture": arch} }
-	type indexEntry struct {
-		platform object
-		of       string
-	}
-	index := func(t *testing.T, o *origin, entries ...indexEntry) digest.Digest {
-		var list []object
-		for _, e := range entries {
-			d := desc(ociManifest, o.manifests[e.of])
-			if e.platform != nil {
-				d["platform"] = e.platform
-			}
-			list = append(list, d)
-		}
-		return o.addManifest("1", encode(t, object{"schemaVersion": 2, "mediaType": ociIndex, "manifests": list}))
 	}
 	tests := []struct {
 		name  string

@@ -5,18 +5,21 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
 
 type metrics struct {
-	bytes    prometheus.Counter
 	requests *prometheus.CounterVec
 	retries  *prometheus.CounterVec
 	inFlight prometheus.Gauge
 
 	ranges, throttles, skipped, redirects, hedgedBytes prometheus.Counter
 	hedges                                             *prometheus.CounterVec
+
+	came             atomic.Int64 // body bytes
+	awaited, starved *stretches   // at least one range of a blob is awaited; at least one reader has nothing to read
 }
 
 func newMetrics(reg prometheus.Registerer, b *budget) (*metrics, error) {
@@ -36,10 +39,6 @@ func newMetrics(reg prometheus.Registerer, b *budget) (*metrics, error) {
 			Name: "hearth_registry_hedges_total",
 			Help: "Requests that were made because another for the same bytes was late, by whether they ended first.",
 		}, []string{"result"}),
-		bytes: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "hearth_registry_fetched_bytes_total",
-			Help: "Body bytes read from registries, bytes that were read twice included.",
-		}),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "hearth_registry_requests_total",
 			Help: "Requests to registries by outcome of their headers.",
@@ -57,11 +56,23 @@ func newMetrics(reg prometheus.Registerer, b *budget) (*metrics, error) {
 		Name: "hearth_registry_buffer_bytes",
 		Help: "Memory of range buffers in use.",
 	}, func() float64 { return float64(b.bytesInUse()) })
+	m.awaited, m.starved = &stretches{came: &m.came}, &stretches{came: &m.came}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.bytes, m.requests, m.retries, m.inFlight, buffered,
-		m.ranges, m.throttles, m.skipped, m.redirects, m.hedgedBytes, m.hedges} {
+	sum := func(name, help string, value func() float64) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, value)
+	}
+	for _, c := range []prometheus.Collector{
+		sum("hearth_registry_fetched_bytes_total", "Body bytes read from registries, bytes that were read twice included.",
+			func() float64 { return float64(m.came.Load()) }),
+		sum("hearth_registry_fetching_seconds_total",
+			"Time in which at least one part of a blob was awaited from a registry. Waiting for memory is not in it.", m.awaited.seconds),
+		sum("hearth_registry_starved_seconds_total",
+			"Time in which at least one blob's reader had nothing to go on with: registry or link are the bound, not the unpacking.", m.starved.seconds),
+		sum("hearth_registry_starved_bytes_total", "Body bytes that came in the time in which a reader had nothing to go on with.", m.starved.bytes),
+		buffered, m.requests, m.retries, m.inFlight, m.ranges, m.throttles, m.skipped, m.redirects, m.hedgedBytes, m.hedges,
+	} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}

@@ -116,7 +116,10 @@ func (r *reader) next() ([]byte, error) {
 
 func (r *reader) nextSpan() {
 	r.begun, r.waited = time.Now(), 0
+	starved := r.blob.repo.client.metrics.starved
+	starved.begin()
 	s, ok := <-r.blob.queue
+	starved.end()
 	if !ok {
 		// The dispatcher stopped, and no span before said why: ctx has ended.
 		r.fail(cmp.Or(r.blob.ended, context.Canceled))
@@ -132,8 +135,10 @@ func (r *reader) nextBlock() {
 	select {
 	case blk, ok = <-r.span.out:
 	default:
-		start := time.Now()
+		starved, start := r.blob.repo.client.metrics.starved, time.Now()
+		starved.begin()
 		blk, ok = <-r.span.out
+		starved.end()
 		r.waited += time.Since(start)
 	}
 	switch {

@@ -1,7 +1,6 @@
 package registry
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 	"sync/atomic"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -17,52 +17,121 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// maxReferrers bounds the referrers of one type that are looked at.
-const maxReferrers = 16
+const (
+	// maxReferrers bounds the referrers of one type that are looked at, and maxReferrerPages the pages on which they are looked for.
+	maxReferrers     = 16
+	maxReferrerPages = 32
+	// maxLinkBytes is longer than any address of a page that a registry hands out.
+	maxLinkBytes = 4096
+)
 
 // referrers lists what refers to a manifest and is of the artifact type, as the registry says: by the referrers API, or where
 // there is none by the tag that stands in for it (OCI distribution specification 1.1). None is no error.
 func (r *repository) referrers(ctx context.Context, subject digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
-	data, err := r.referrersAPI(ctx, subject, artifactType)
-	if hasNoReferrersAPI(err) {
-		data, _, err = r.document(ctx, referrersTag(subject), ocispec.Descriptor{})
-		if errors.Is(err, ErrNotFound) {
-			return nil, nil
-		}
+	all, err := r.referrersAPI(ctx, subject, artifactType)
+	if !hasNoReferrersAPI(err) {
+		return all, err
+	}
+	data, _, err := r.document(ctx, referrersTag(subject), ocispec.Descriptor{})
+	if errors.Is(err, ErrNotFound) {
+		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	all, err := parseReferrers(data)
-	if err != nil {
+	if all, err = parseReferrers(data); err != nil {
 		return nil, err
 	}
-	all = slices.DeleteFunc(all, func(d ocispec.Descriptor) bool { return d.ArtifactType != artifactType })
-	return all[:min(len(all), maxReferrers)], nil
+	return ofType(all, artifactType), nil
 }
 
-// referrersAPI reads the first page. With the registry's own filter it has all that anyone would attach; without it, what is
-// on later pages is not found.
-func (r *repository) referrersAPI(ctx context.Context, subject digest.Digest, artifactType string) (data []byte, err error) {
-	var from atomic.Int32
-	err = r.each(ctx, r.with(docker.HostCapabilityPull), &from, func(ctx context.Context, at site) (int64, error) {
+// ofType leaves at most maxReferrers of one type.
+func ofType(all []ocispec.Descriptor, artifactType string) []ocispec.Descriptor {
+	all = slices.DeleteFunc(all, func(d ocispec.Descriptor) bool { return d.ArtifactType != artifactType })
+	return all[:min(len(all), maxReferrers)]
+}
+
+// referrersAPI reads page after page, until there are enough. A registry that filters has what anyone would attach on the first; one
+// that does not may have it behind signatures and lists of parts by the hundred.
+func (r *repository) referrersAPI(ctx context.Context, subject digest.Digest, artifactType string) (found []ocispec.Descriptor, err error) {
+	var from atomic.Int32 // pages are of one host: its own alone knows what comes next
+	query := url.Values{"artifactType": {artifactType}}
+	for range maxReferrerPages {
+		data, next, err := r.referrersPage(ctx, subject, query, &from)
+		if err != nil {
+			return nil, err
+		}
+		page, err := parseReferrers(data)
+		if err != nil {
+			return nil, err
+		}
+		found = ofType(append(found, page...), artifactType)
+		if next == nil || len(found) == maxReferrers {
+			break
+		}
+		next.Set("artifactType", artifactType)
+		query = next
+	}
+	return found, nil
+}
+
+// referrersPage reads a page, and the query that asks for the next one; nil after the last.
+func (r *repository) referrersPage(ctx context.Context, subject digest.Digest, query url.Values, from *atomic.Int32) (data []byte, next url.Values, err error) {
+	err = r.each(ctx, r.with(docker.HostCapabilityPull), from, func(ctx context.Context, at site) (int64, error) {
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
 		resp, err := r.exchange(ctx, at, call{
 			method: http.MethodGet, kind: "referrers", object: subject.String(),
-			query:  url.Values{"artifactType": {artifactType}},
-			header: http.Header{"Accept": {ocispec.MediaTypeImageIndex}},
+			query: query, header: http.Header{"Accept": {ocispec.MediaTypeImageIndex}},
 		})
 		if err != nil {
 			return 0, err
 		}
 		defer resp.Body.Close()
+		next = nextPage(resp.Header.Values("Link"))
 		body := watch(ctx, cancel, resp.Body, r.client.cfg.StallTimeout)
 		resp.Header.Del("Docker-Content-Digest") // the answer is made up on the spot
 		data, err = readSmall(resp, body, ocispec.Descriptor{}, maxManifestBytes)
 		return 0, err
 	})
-	return data, err
+	return data, next, err
+}
+
+// nextPage is the query of the link to the next page (RFC 8288), or nil. Where else the link leads is not followed: the rest of the
+// address is that of the page before, so that no credentials go astray, and no proxy's idea of its own name is in the way.
+func nextPage(headers []string) url.Values {
+	for _, h := range headers {
+		for len(h) <= maxLinkBytes {
+			_, after, found := strings.Cut(h, "<")
+			target, rest, closed := strings.Cut(after, ">")
+			if !found || !closed {
+				break
+			}
+			params := rest
+			if i := strings.IndexByte(rest, '<'); i >= 0 {
+				params = rest[:i]
+			}
+			h = rest
+			if !isNext(params) {
+				continue
+			}
+			if u, err := url.Parse(target); err == nil && u.RawQuery != "" {
+				return u.Query()
+			}
+		}
+	}
+	return nil
+}
+
+// isNext says whether a link's parameters have the relation next.
+func isNext(params string) bool {
+	for param := range strings.FieldsFuncSeq(params, func(r rune) bool { return r == ';' || r == ',' }) {
+		key, value, _ := strings.Cut(strings.TrimSpace(param), "=")
+		if strings.EqualFold(strings.TrimSpace(key), "rel") {
+			return slices.ContainsFunc(strings.Fields(strings.Trim(strings.TrimSpace(value), `"`)), func(rel string) bool { return strings.EqualFold(rel, "next") })
+		}
+	}
+	return false
 }
 
 // hasNoReferrersAPI says whether an error is how a registry answers that does not know the request. Some do so in ways of their
@@ -108,7 +177,8 @@ func (r *repository) attach(ctx context.Context, m ocispec.Manifest) error {
 	if err != nil || linked {
 		return err
 	}
-	if all, err := r.referrersAPI(ctx, m.Subject.Digest, m.ArtifactType); err == nil && bytes.Contains(all, []byte(dgst)) {
+	all, err := r.referrersAPI(ctx, m.Subject.Digest, m.ArtifactType)
+	if err == nil && slices.ContainsFunc(all, func(d ocispec.Descriptor) bool { return d.Digest == dgst }) {
 		return nil // it does, without having said so
 	}
 	return r.attachByTag(ctx, m, ocispec.Descriptor{

@@ -148,7 +148,7 @@ type countedBody struct {
 // Read implements io.Reader.
 func (b *countedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	b.metrics.bytes.Add(float64(n))
+	b.metrics.came.Add(int64(n))
 	b.pacer.bytes.Add(int64(n))
 	return n, err
 }

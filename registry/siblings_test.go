@@ -224,6 +224,78 @@ func TestHostileReferrers(t *testing.T) {
 	}
 }
 
+// TestReferrersHavePages has a registry that lists referrers of all types, three at a time.
+func TestReferrersHavePages(t *testing.T) {
+	rec, c, img := serveForeign(t, true)
+	good := sibling(t, c, img, "zstd", "good")
+	if err := c.AttachSiblings(t.Context(), img, "zstd", []registry.Sibling{good}); err != nil {
+		t.Fatal(err)
+	}
+	var all struct{ Manifests []json.RawMessage }
+	resp, err := http.Get("http://" + strings.Split(img.Ref, "/")[0] + "/v2/lib/app/referrers/" + img.Digest.String())
+	mustIs(t, err, nil)
+	mustIs(t, json.NewDecoder(resp.Body).Decode(&all), nil)
+	resp.Body.Close()
+	if len(all.Manifests) != 1 {
+		t.Fatalf("%d referrers", len(all.Manifests))
+	}
+	other := encode(t, object{"mediaType": ociManifest, "digest": digest.FromString("signature"), "size": 5, "artifactType": "a/signature"})
+	tests := map[string]struct {
+		before int    // referrers of others
+		link   string // to page %d
+		found  int
+		pages  int
+	}{
+		"one page":                {2, `</v2/lib/app/referrers/x?page=%d>; rel="next"`, 1, 1},
+		"on the third":            {7, `</v2/lib/app/referrers/x?page=%d>; rel="next"`, 1, 3},
+		"a proxy in between":      {7, `<https://elsewhere.example/v2/?page=%d&artifactType=>; title=x ;REL=next`, 1, 3},
+		"several relations":       {7, `<?page=0>; rel="first", <?page=%d>; rel="up next"`, 1, 3},
+		"no query":                {7, `</v2/next>; rel="next"; n=%d`, 0, 1},
+		"another relation":        {7, `<?page=%d>; rel="last"`, 0, 1},
+		"a link that is too long": {7, `<?page=%d&x=` + strings.Repeat("x", 5000) + `>; rel="next"`, 0, 1},
+		"without end":             {1000, `<?page=%d>; rel="next"`, 0, 32},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			pages := 0
+			rec.mu.Lock()
+			rec.hook = func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.HasSuffix(r.URL.Path, "/referrers/"+img.Digest.String()) {
+					if strings.Contains(r.URL.Path, "referrers") {
+						t.Errorf("asks for %s", r.URL.Path)
+					}
+					return false
+				}
+				pages++
+				if r.URL.Query().Get("artifactType") != accelerated {
+					t.Errorf("asks for %q", r.URL)
+				}
+				page := 0
+				fmt.Sscan(r.URL.Query().Get("page"), &page)
+				var list []json.RawMessage
+				for i := page * 3; i < page*3+3 && i <= tt.before; i++ {
+					if i == tt.before {
+						list = append(list, all.Manifests[0])
+					} else {
+						list = append(list, other)
+					}
+				}
+				if page*3+3 <= tt.before {
+					w.Header().Set("Link", fmt.Sprintf(tt.link, page+1))
+				}
+				_, _ = w.Write(encode(t, object{"schemaVersion": 2, "manifests": list}))
+				return true
+			}
+			rec.mu.Unlock()
+			got, err := c.Siblings(t.Context(), img.Ref, img.Digest)
+			mustIs(t, err, nil)
+			if len(got) != tt.found || pages != tt.pages {
+				t.Errorf("found %d siblings on %d pages, want %d on %d", len(got), pages, tt.found, tt.pages)
+			}
+		})
+	}
+}
+
 // TestPushAnswers has registries that answer pushes in ways of their own.
 func TestPushAnswers(t *testing.T) {
 	content := "content of a blob"

@@ -5,6 +5,10 @@ import (
 	"fmt"
 
 	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+
+	"github.com/hearth-serverless/hearth/registry"
 )
 
 // Fetch brings the layers of an image before containerd is asked to pull it, and returns when all are here. containerd holds a
@@ -37,5 +41,30 @@ func (s *Snapshotter) Fetch(ctx context.Context, imageRef string) error {
 			return fmt.Errorf("fetch image %s: layer %s: %w", imageRef, j.layer.Digest, j.err)
 		}
 	}
+	whole, err := s.whole(ctx, se.image)
+	if err != nil {
+		return fmt.Errorf("fetch image %s: %w", imageRef, err)
+	}
+	if whole { // no Prepare for its layers will come that could say so
+		s.sessions.fulfil(se)
+	}
 	return nil
+}
+
+// whole says whether all of an image's snapshots are there, so that no layer needs to be held for them.
+func (s *Snapshotter) whole(ctx context.Context, img *registry.Image) (whole bool, err error) {
+	chains := make([]digest.Digest, len(img.Layers))
+	for i, l := range img.Layers {
+		chains[i] = l.DiffID
+	}
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		parent := ""
+		for _, chain := range identity.ChainIDs(chains) { // in place
+			if parent, whole = committed(ctx, &request{target: &target{chain: chain}, parent: parent}); !whole {
+				return nil
+			}
+		}
+		return nil
+	})
+	return whole, err
 }

@@ -1,12 +1,16 @@
 package snapshotter_test
 
 import (
+	"bytes"
 	"errors"
+	"log/slog"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/hearth-serverless/hearth/layer"
+	"github.com/hearth-serverless/hearth/snapshotter"
 )
 
 // TestFetch brings an image before it is pulled: no Prepare has anything to wait for, and nothing is fetched or resolved twice.
@@ -29,6 +33,43 @@ func TestFetch(t *testing.T) {
 	}
 	if p, ok := s.Pull("registry.example/a:1"); !ok || !p.Ended || p.Manifest != img.Digest || len(p.Layers) != 3 {
 		t.Errorf("the pull is told as %+v", p)
+	}
+}
+
+// TestFetchOfWhatIsThere holds nothing: the image's layers go with it, as they do if nobody had asked.
+func TestFetchOfWhatIsThere(t *testing.T) {
+	f := newFake()
+	root := t.TempDir()
+	var lines bytes.Buffer // of pulls, which end one after the other
+	s := start(t, f, func(c *snapshotter.Config) {
+		c.Root, c.Logger = root, slog.New(slog.NewTextHandler(&lines, &slog.HandlerOptions{Level: slog.LevelInfo}))
+	})
+	img := f.image("registry.example/a:1", "base", "app")
+	p := pull{s: s, img: img}
+	base, _, err := p.prepare(t.Context(), 0, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	top, _, err := p.prepare(t.Context(), 1, base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Fetch(t.Context(), img.Ref); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{top, base} {
+		if err := s.Remove(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Cleanup(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if left := list(t, root, "layers"); len(left) > 0 {
+		t.Errorf("layers %q are left", left)
+	}
+	if n := strings.Count(lines.String(), "image pulled"); n != 1 {
+		t.Errorf("%d lines of pulls, want that of the one that brought it", n)
 	}
 }
 

@@ -58,11 +58,11 @@ func (s *jobs) work(ctx context.Context, j *job) {
 		return
 	}
 	j.queued[0] = time.Now()
-	if j.err = s.slots.acquire(ctx, j.layer.Size); j.err != nil {
+	if j.err = s.slots.acquire(ctx, j.ref, j.layer.Size); j.err != nil {
 		return
 	}
 	j.queued[1] = time.Now()
-	defer s.slots.release()
+	defer s.slots.release(j.ref)
 	release, err := s.space.reserve(ctx, j.layer.Size)
 	if err != nil {
 		j.err = fmt.Errorf("layer %s: %w", j.layer.Digest, err)

@@ -29,7 +29,7 @@ type jobs struct {
 func newJobs(cfg Config, t *trees, s *syncer, other *siblings, sp *space, m *metrics) *jobs {
 	return &jobs{
 		cfg: cfg, trees: t, syncer: s, siblings: other, space: sp, metrics: m,
-		slots: &slots{free: cfg.Parallel}, live: map[digest.Digest]*job{},
+		slots: newSlots(cfg.Parallel), live: map[digest.Digest]*job{},
 	}
 }
 

@@ -37,7 +37,8 @@ type session struct {
 	preparing int                    // Prepares under way
 	jobs      map[digest.Digest]*job // by diffID; each is owed a leave
 	unpins    []func()
-	complete  bool        // the last layer was prepared
+	complete  bool        // the last layer was prepared, or need not be
+	whole     bool        // there was nothing to do
 	refused   bool        // a layer was refused, and with it the image
 	ended     bool        // what it held was let go
 	idle      *time.Timer // runs while preparing is 0
@@ -232,6 +233,13 @@ func (s *sessions) prepared(se *session, diffID digest.Digest) {
 	}
 }
 
+// fulfil notes that all of the image's snapshots were there already.
+func (s *sessions) fulfil(se *session) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	se.complete, se.whole = true, true
+}
+
 // refuse notes that the image cannot be had: who pulls it next begins afresh, and what else was fetched for it goes.
 func (s *sessions) refuse(se *session) {
 	s.mu.Lock()
@@ -299,13 +307,15 @@ func (s *sessions) end(se *session) (release func()) {
 		delete(s.live, se.key)
 	}
 	se.ended = true
-	held, unpins, complete := se.jobs, se.unpins, se.complete
+	held, unpins, complete, whole := se.jobs, se.unpins, se.complete, se.whole
 	se.jobs, se.unpins = map[digest.Digest]*job{}, nil
 	return func() {
 		se.cancel()
 		pulled := se.trace.end(complete)
-		s.jobs.metrics.pulled(&pulled)
-		pulled.log(s.cfg.Logger)
+		if !whole { // who only asked has not pulled
+			s.jobs.metrics.pulled(&pulled)
+			pulled.log(s.cfg.Logger)
+		}
 		for _, j := range held {
 			s.jobs.leave(j)
 		}

@@ -1,26 +1,33 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
+	"slices"
 	"sync"
 )
 
-// slots bounds how many jobs work at the same time. The largest that waits goes first: what takes longest decides when an image
-// is complete.
+// slots bounds how many jobs work at the same time. A slot that comes free goes to the image that has the fewest, so that a small
+// image does not wait for all of a large one; and of that image to its largest layer: what takes longest decides when an image is
+// complete. Who works shares the link range by range, as the registry's client has it, so this is what divides that too.
 type slots struct {
-	mu      sync.Mutex // guards free and waiting
+	mu      sync.Mutex // guards what follows
 	free    int
-	waiting []*slotWaiter
+	held    map[string]int // by image; without those that have none
+	waiting []*slotWaiter  // in the order of asking
 }
 
 type slotWaiter struct {
+	image string
 	size  int64
 	ready chan struct{} // closed when the slot is its own
 }
 
-// acquire waits for a slot, or for the end of ctx.
-func (s *slots) acquire(ctx context.Context, size int64) error {
-	w := &slotWaiter{size: size, ready: make(chan struct{})}
+func newSlots(n int) *slots { return &slots{free: n, held: map[string]int{}} }
+
+// acquire waits for a slot for a layer of so many bytes, or for the end of ctx. The caller owes a release of the same image.
+func (s *slots) acquire(ctx context.Context, image string, size int64) error {
+	w := &slotWaiter{image: image, size: size, ready: make(chan struct{})}
 	s.mu.Lock()
 	s.waiting = append(s.waiting, w)
 	s.grant()
@@ -32,36 +39,38 @@ func (s *slots) acquire(ctx context.Context, size int64) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i, other := range s.waiting {
-		if other == w {
-			s.waiting = append(s.waiting[:i], s.waiting[i+1:]...)
-			return context.Cause(ctx)
-		}
+	if i := slices.Index(s.waiting, w); i >= 0 {
+		s.waiting = slices.Delete(s.waiting, i, i+1)
+	} else {
+		s.giveBack(image) // granted meanwhile
 	}
-	s.free++ // granted meanwhile
-	s.grant()
 	return context.Cause(ctx)
 }
 
-func (s *slots) release() {
+func (s *slots) release(image string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.giveBack(image)
+}
+
+// giveBack frees a slot of an image. s.mu is held.
+func (s *slots) giveBack(image string) {
 	s.free++
+	if s.held[image]--; s.held[image] == 0 {
+		delete(s.held, image)
+	}
 	s.grant()
 }
 
 // grant hands free slots out. s.mu is held.
 func (s *slots) grant() {
 	for s.free > 0 && len(s.waiting) > 0 {
-		largest := 0
-		for i, w := range s.waiting {
-			if w.size > s.waiting[largest].size {
-				largest = i
-			}
-		}
-		w := s.waiting[largest]
-		s.waiting = append(s.waiting[:largest], s.waiting[largest+1:]...)
+		next := slices.MinFunc(s.waiting, func(a, b *slotWaiter) int {
+			return cmp.Or(cmp.Compare(s.held[a.image], s.held[b.image]), cmp.Compare(b.size, a.size))
+		})
+		s.waiting = slices.DeleteFunc(s.waiting, func(w *slotWaiter) bool { return w == next })
 		s.free--
-		close(w.ready)
+		s.held[next.image]++
+		close(next.ready)
 	}
 }

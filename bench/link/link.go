@@ -23,9 +23,11 @@ type Speed struct {
 }
 
 const (
-	// chunk is read and written at once; the most that a bucket holds, so that a link is no faster than it says for longer than
-	// some milliseconds.
+	// chunk is read and written at once.
 	chunk = 64 << 10
+	// lateness is what a bucket holds the bytes of: a timer that is late by less, as on a busy machine many are, costs a link nothing
+	// of its rate, and a link is no faster than it says for longer.
+	lateness = 5 * time.Millisecond
 	// inFlight chunks are on a connection's way in one direction: more than rate times delay of any link worth measuring.
 	inFlight = 64
 )
@@ -53,7 +55,7 @@ func bucket(bytesPerSecond int) *rate.Limiter {
 	if bytesPerSecond == 0 {
 		return rate.NewLimiter(rate.Inf, chunk)
 	}
-	return rate.NewLimiter(rate.Limit(bytesPerSecond), chunk)
+	return rate.NewLimiter(rate.Limit(bytesPerSecond), max(chunk, int(lateness.Seconds()*float64(bytesPerSecond))))
 }
 
 // Copy carries what comes from src to dst, as one connection of the link, until src ends.

@@ -23,7 +23,7 @@ const maxMainLines = 150
 var floors = map[string]int{
 	"api": 1, "registry": 1, "deploy": 1,
 	"internal/daemon": 1, "internal/bpf": 1, "internal/waterfall": 1, "internal/archtest": 1,
-	"internal/doctor": 2, "internal/keychain": 2, "internal/contentstore": 2,
+	"internal/doctor": 2, "internal/keychain": 2, "internal/contentstore": 2, "internal/cripull": 2,
 	"runtimes": 1,
 	"layer":    2,
 	"instance": 3, "snapshotter": 3, "prefetch": 3, "pool": 3, "scaler": 3, "internal/codepack": 3,
@@ -46,7 +46,7 @@ var families = map[string][]string{
 	"github.com/spf13/cobra":                                 {"internal/cli", "internal/daemon", "cmd/bench"},
 	"k8s.io/client-go":                                       {"internal/kube"},
 	"sigs.k8s.io/controller-runtime":                         {"internal/kube"},
-	"k8s.io/cri-api":                                         {"instance", "bench", "internal/keychain", "internal/images"},
+	"k8s.io/cri-api":                                         {"instance", "bench", "internal/keychain", "internal/images", "internal/cripull"},
 	"github.com/containerd/containerd/v2":                    {"instance", "internal/contentstore"},
 	"github.com/containerd/containerd/v2/core/remotes":       {"registry"},
 	"github.com/containerd/containerd/v2/core/images":        {"registry", "instance"},

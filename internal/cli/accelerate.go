@@ -22,11 +22,15 @@ const accelerateLong = `Encodes an image's layers anew, in frames that a node de
 
 The image itself, its digest, tags and signatures stay as they are; other nodes pull it as before. A node with Hearth takes the
 siblings instead, whichever suits its link and its cores, and checks that they unpack to what the image promises. Of an image
-for several platforms it is this machine's that is accelerated. It wants the right to push to the image's repository, and room
+for several platforms it is this machine's that is accelerated, unless --platform says otherwise. It wants the right to push to the image's repository, and room
 in $TMPDIR for the largest layer. What is there already is not made again.`
 
 const accelerateExample = `  hearth image accelerate 127.0.0.1:5000/hello:1
-  hearth image accelerate REF --encoding zstd -o json`
+  hearth image accelerate REF --encoding zstd -o json
+  hearth image accelerate REF --platform all`
+
+// allPlatforms is the value of --platform for every image of an index.
+const allPlatforms = "all"
 
 // bothEncodings is the value of --encoding for all of them.
 const bothEncodings = "both"
@@ -42,6 +46,7 @@ type acceleration struct {
 
 type acceleratedJSON struct {
 	Image     string        `json:"image"`
+	Platform  string        `json:"platform,omitempty"` // if it was chosen
 	Digest    digest.Digest `json:"digest"`
 	Encodings []string      `json:"encodings"` // that were attached now
 	Bytes     int64         `json:"bytes"`     // of their layers
@@ -52,7 +57,7 @@ type acceleratedJSON struct {
 func (a *app) accelerate() *cobra.Command {
 	var out format
 	var o registryOptions
-	var encoding string
+	var encoding, platform string
 	c := &cobra.Command{
 		Use: "accelerate REF", Short: "Attach layers to an image that nodes unpack faster", Long: accelerateLong, Example: accelerateExample,
 		Args: takes(1, 1, "the image's REF"),
@@ -69,18 +74,48 @@ func (a *app) accelerate() *cobra.Command {
 				return err
 			}
 			defer client.Close()
-			return explainRegistry(c.Context(), a.runAccelerate(c.Context(), client, args[0], wanted, out))
+			chosen, err := choosePlatforms(c.Context(), client, args[0], platform)
+			for _, p := range chosen {
+				if err != nil {
+					break
+				}
+				err = a.runAccelerate(c.Context(), client, args[0], p, slices.Clone(wanted), out)
+			}
+			return explainRegistry(c.Context(), err)
 		},
 	}
 	c.Flags().StringVar(&encoding, "encoding", bothEncodings, "zstd (smaller), lz4 (faster to decode) or both")
+	c.Flags().StringVar(&platform, "platform", "", "of an image for several, the one to accelerate, as in linux/arm64, or all, one after the other (default: this machine's)")
 	o.add(c.Flags())
 	out.add(c.Flags())
 	return c
 }
 
-func (a *app) runAccelerate(ctx context.Context, client *registry.Client, ref string, wanted []layer.Encoding, out format) error {
-	start := time.Now()
-	img, err := client.Image(ctx, ref, "")
+// choosePlatforms are the images of a reference that are meant: this machine's if name is empty.
+func choosePlatforms(ctx context.Context, client *registry.Client, ref, name string) ([]registry.Platform, error) {
+	if name == "" {
+		return []registry.Platform{{}}, nil
+	}
+	all, err := client.Platforms(ctx, ref)
+	if err != nil || name == allPlatforms {
+		return all, err
+	}
+	var have []string
+	for _, p := range all {
+		if p.Name == name {
+			return []registry.Platform{p}, nil
+		}
+		have = append(have, p.Name)
+	}
+	return nil, fmt.Errorf("image %s has no platform %q: choose %s or one of %q", ref, name, allPlatforms, have)
+}
+
+func (a *app) runAccelerate(ctx context.Context, client *registry.Client, ref string, p registry.Platform, wanted []layer.Encoding, out format) error {
+	start, what := time.Now(), ref
+	if p.Name != "" {
+		what += " for " + p.Name
+	}
+	img, err := client.Image(ctx, ref, p.Digest)
 	if err != nil {
 		return err
 	}
@@ -89,7 +124,7 @@ func (a *app) runAccelerate(ctx context.Context, client *registry.Client, ref st
 		return err
 	}
 	wanted = slices.DeleteFunc(wanted, func(e layer.Encoding) bool { return isAccelerated(img, have, e) })
-	result := acceleratedJSON{Image: ref, Digest: img.Digest, Encodings: []string{}, Already: len(wanted) == 0}
+	result := acceleratedJSON{Image: ref, Platform: p.Name, Digest: img.Digest, Encodings: []string{}, Already: len(wanted) == 0}
 	if len(wanted) > 0 {
 		unpacker, err := layer.New(layer.Config{})
 		if err != nil {
@@ -100,7 +135,7 @@ func (a *app) runAccelerate(ctx context.Context, client *registry.Client, ref st
 		for _, l := range unique(img.Layers) {
 			total += l.Size
 		}
-		err = a.withProgress(ref, total, &run.done, func() (err error) {
+		err = a.withProgress(what, total, &run.done, func() (err error) {
 			result.Bytes, err = run.do(ctx)
 			return err
 		})
@@ -116,9 +151,9 @@ func (a *app) runAccelerate(ctx context.Context, client *registry.Client, ref st
 		return a.printJSON(result)
 	}
 	if result.Already {
-		return a.printf("%s is already accelerated\n", ref)
+		return a.printf("%s is already accelerated\n", what)
 	}
-	return a.printf("%s is accelerated: %v, %s attached (%.1f s)\n", ref, result.Encodings, megabytes(result.Bytes), result.Seconds)
+	return a.printf("%s is accelerated: %v, %s attached (%.1f s)\n", what, result.Encodings, megabytes(result.Bytes), result.Seconds)
 }
 
 // isAccelerated says whether every layer has a sibling.

@@ -43,17 +43,27 @@ func imageRegistry(t testing.TB) (ref string) {
 		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, diffID)
 	}
 	m.Config = pushBlob(t, c, ref, ocispec.MediaTypeImageConfig, mustJSON(t, config))
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, server.URL+"/v2/lib/app/manifests/1", bytes.NewReader(mustJSON(t, m)))
+	putManifest(t, ref, m.MediaType, m)
+	return ref
+}
+
+// putManifest stores a manifest under a tag.
+func putManifest(t testing.TB, ref, mediaType string, m any) ocispec.Descriptor {
+	t.Helper()
+	data := mustJSON(t, m)
+	host, rest, _ := strings.Cut(ref, "/")
+	name, tag, _ := strings.Cut(rest, ":")
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://"+host+"/v2/"+name+"/manifests/"+tag, bytes.NewReader(data))
 	if err != nil {
 		t.Fatal(err)
 	}
-	req.Header.Set("Content-Type", m.MediaType)
+	req.Header.Set("Content-Type", mediaType)
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil || resp.StatusCode != http.StatusCreated {
 		t.Fatal(resp, err)
 	}
 	resp.Body.Close()
-	return ref
+	return ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
 }
 
 func mustJSON(t testing.TB, v any) []byte {
@@ -154,6 +164,57 @@ func TestAccelerate(t *testing.T) {
 	}
 	f.want(t, 1, "is the reference right", "image", "inspect", strings.Replace(ref, "app:1", "app:2", 1))
 	f.want(t, 1, "is the reference right", "image", "accelerate", strings.Replace(ref, "app:1", "app:2", 1))
+}
+
+// TestAcceleratePlatforms has an index with an image for this machine, one for another, and an attestation.
+func TestAcceleratePlatforms(t *testing.T) {
+	f := newFake(t)
+	ref := imageRegistry(t)
+	c, err := registry.New(registry.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ours, err := c.Image(t.Context(), ref, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := "s390x"
+	blob, diffID := gzipLayer(t, "other", strings.Repeat("some other text ", 100_000))
+	var config ocispec.Image
+	config.OS, config.Architecture = "linux", other
+	config.RootFS = ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{diffID}}
+	m := ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Layers: []ocispec.Descriptor{pushBlob(t, c, ref, ocispec.MediaTypeImageLayerGzip, blob)}}
+	m.SchemaVersion = 2
+	m.Config = pushBlob(t, c, ref, ocispec.MediaTypeImageConfig, mustJSON(t, config))
+	entry := func(d ocispec.Descriptor, os, arch string) ocispec.Descriptor {
+		d.Platform = &ocispec.Platform{OS: os, Architecture: arch}
+		return d
+	}
+	theirs := putManifest(t, strings.TrimSuffix(ref, ":1")+":other", m.MediaType, m)
+	index := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{
+		entry(ocispec.Descriptor{MediaType: ours.MediaType, Digest: ours.Digest, Size: ours.Size}, "linux", runtime.GOARCH),
+		entry(theirs, "linux", other), entry(theirs, "unknown", "unknown"),
+	}}
+	index.SchemaVersion = 2
+	list := strings.TrimSuffix(ref, ":1") + ":list"
+	putManifest(t, list, index.MediaType, index)
+
+	f.want(t, 1, "linux/"+other, "image", "accelerate", list, "--platform", "linux/unheard-of")
+	f.want(t, 0, "for linux/"+other+" is accelerated: [zstd lz4]", "image", "accelerate", list, "--platform", "linux/"+other)
+	if found, err := c.Siblings(t.Context(), list, ours.Digest); err != nil || len(found) > 0 {
+		t.Errorf("this machine's image has siblings %v, error %v", found, err)
+	}
+	out := f.want(t, 0, "for linux/"+runtime.GOARCH+" is accelerated", "image", "accelerate", list, "--platform", "all")
+	if !strings.Contains(out, "for linux/"+other+" is already accelerated") {
+		t.Errorf("says %s", out)
+	}
+	for _, d := range []digest.Digest{ours.Digest, theirs.Digest} {
+		if found, err := c.Siblings(t.Context(), list, d); err != nil || len(found) == 0 {
+			t.Errorf("image %s has siblings %v, error %v", d, found, err)
+		}
+	}
+	f.want(t, 0, "is already accelerated", "image", "accelerate", ref, "--platform", "all")
 }
 
 // TestAccelerateRefusesWrongLayers has an image whose layer is not what it says: nothing may be attached.

@@ -18,6 +18,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/cripull"
 	"github.com/hearth-serverless/hearth/snapshotter"
 )
 
@@ -28,14 +29,12 @@ const (
 	maxMessageBytes = 16 << 20
 )
 
-// Config of a Service. All of it is required but Credentials.
+// Config of a Service. All of it is required but Credentials and Fetch, which are those of a cripull.Puller.
 type Config struct {
 	// Containerd is its socket.
-	Containerd string
-	// Credentials are what an image's registry wants to know; nil: nothing is told.
+	Containerd  string
 	Credentials func(ctx context.Context, ref string) (user, secret string, err error)
-	// Fetch brings an image's layers before containerd is asked for it; nil: nobody does. What goes wrong comes up in the pull.
-	Fetch func(ctx context.Context, ref string) error
+	Fetch       func(ctx context.Context, ref string) error
 	// Progress tells of the last pull of an image, by its full reference.
 	Progress func(ref string) (snapshotter.Pull, bool)
 }
@@ -44,6 +43,7 @@ type Config struct {
 type Service struct {
 	cfg    Config
 	images cri.ImageServiceClient
+	puller cripull.Puller
 }
 
 // New makes a Service. containerd need not be there yet, and may go and come.
@@ -53,7 +53,11 @@ func New(cfg Config) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to containerd at %s: %w", cfg.Containerd, err)
 	}
-	return &Service{cfg: cfg, images: cri.NewImageServiceClient(conn)}, nil
+	client := cri.NewImageServiceClient(conn)
+	return &Service{
+		cfg: cfg, images: client,
+		puller: cripull.Puller{Images: client, Credentials: cfg.Credentials, Fetch: cfg.Fetch},
+	}, nil
 }
 
 // PullImage implements ImageService.
@@ -76,7 +80,7 @@ func (s *Service) PullImage(ctx context.Context, r *connect.Request[hearthv1.Pul
 	}()
 	go func() {
 		defer close(done)
-		id, err := s.pull(ctx, named.String())
+		id, err := s.puller.Pull(ctx, named.String())
 		pulled <- result{id, err}
 	}()
 	tick := time.NewTicker(lookEvery)
@@ -103,30 +107,6 @@ func (s *Service) PullImage(ctx context.Context, r *connect.Request[hearthv1.Pul
 			return out.Send(now)
 		}
 	}
-}
-
-func (s *Service) pull(ctx context.Context, ref string) (id string, err error) {
-	request := &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}}
-	if s.cfg.Credentials != nil {
-		user, secret, err := s.cfg.Credentials(ctx, ref)
-		if err != nil {
-			return "", fmt.Errorf("credentials for image %s: %w", ref, err)
-		}
-		switch {
-		case user != "":
-			request.Auth = &cri.AuthConfig{Username: user, Password: secret}
-		case secret != "":
-			request.Auth = &cri.AuthConfig{IdentityToken: secret}
-		}
-	}
-	if s.cfg.Fetch != nil {
-		_ = s.cfg.Fetch(ctx, ref) // the pull says what is wrong
-	}
-	resp, err := s.images.PullImage(ctx, request)
-	if err != nil {
-		return "", fmt.Errorf("pull image %s: %w", ref, errgrpc.ToNative(err))
-	}
-	return resp.GetImageRef(), nil
 }
 
 // progress is how far the pull is, unless what is known is of an earlier one.

@@ -1,0 +1,46 @@
+// Package cripull is how Hearth itself has containerd pull an image: by the CRI, as the kubelet does, with what the image's registry
+// wants to know, and with the layers fetched before containerd takes its locks.
+package cripull
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// Puller pulls images. It is a value: whoever has its parts makes one. Images is required.
+type Puller struct {
+	// Images is containerd's.
+	Images cri.ImageServiceClient
+	// Credentials are what an image's registry wants to know: an identity token has no user. Nil, or both empty: nothing is told.
+	Credentials func(ctx context.Context, ref string) (user, secret string, err error)
+	// Fetch brings an image's layers before containerd is asked for it; nil: nobody does. What goes wrong comes up in the pull.
+	Fetch func(ctx context.Context, ref string) error
+}
+
+// Pull returns when the image is there, with its id. The error is one of containerd's errdefs if it is containerd's.
+func (p Puller) Pull(ctx context.Context, ref string) (id string, err error) {
+	request := &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}}
+	if p.Credentials != nil {
+		user, secret, err := p.Credentials(ctx, ref)
+		if err != nil {
+			return "", fmt.Errorf("credentials for image %s: %w", ref, err)
+		}
+		switch {
+		case user != "":
+			request.Auth = &cri.AuthConfig{Username: user, Password: secret}
+		case secret != "":
+			request.Auth = &cri.AuthConfig{IdentityToken: secret}
+		}
+	}
+	if p.Fetch != nil {
+		_ = p.Fetch(ctx, ref) // the pull says what is wrong
+	}
+	resp, err := p.Images.PullImage(ctx, request)
+	if err != nil {
+		return "", fmt.Errorf("pull image %s: %w", ref, errgrpc.ToNative(err))
+	}
+	return resp.GetImageRef(), nil
+}
