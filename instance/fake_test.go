@@ -204,6 +204,13 @@ func (f *fake) makeCgroup(id, state string) error {
 	return nil
 }
 
+// labels are those of an Instance's container.
+func (f *fake) labels(id string) map[string]string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return maps.Clone(f.containers[id+".fn"].Labels)
+}
+
 // freezer is the state of an Instance's freezer.
 func (f *fake) freezer(t *testing.T, id string) string {
 	t.Helper()

@@ -47,7 +47,7 @@ func TestFreezeAndThaw(t *testing.T) {
 		if got := f.freezer(t, "a"); got != "FROZEN" {
 			t.Errorf("its freezer is %s", got)
 		}
-		if labels := f.containers["a.fn"].Labels; labels[instance.LabelFrozen] == "" || labels[instance.LabelClaim] != "c1" {
+		if labels := f.labels("a"); labels[instance.LabelFrozen] == "" || labels[instance.LabelClaim] != "c1" {
 			t.Errorf("recorded: %v", labels)
 		}
 		if again, err := freeze(e, "a", 1); err != nil || again.Version != p.Version {
@@ -78,11 +78,11 @@ func TestThawedInstanceIsRecorded(t *testing.T) {
 		if got := f.freezer(t, "a"); got != "THAWED" {
 			t.Errorf("its freezer is %s", got)
 		}
-		if f.containers["a.fn"].Labels[instance.LabelFrozen] == "" {
+		if f.labels("a")[instance.LabelFrozen] == "" {
 			t.Error("the record was on the path")
 		}
 		time.Sleep(time.Second)
-		labels := f.containers["a.fn"].Labels
+		labels := f.labels("a")
 		if labels[instance.LabelFrozen] != "" || labels[instance.LabelClaim] != "c2" || labels[instance.LabelEpoch] != "3" {
 			t.Errorf("recorded: %v", labels)
 		}
@@ -214,11 +214,9 @@ func TestAnswerOfTheNoteIsLost(t *testing.T) {
 		_, err := freeze(e, "a", 1)
 		wantCode(t, err, connect.CodeUnavailable)
 		time.Sleep(time.Second)
-		f.set(func() {
-			if got := f.containers["a.fn"].Labels[instance.LabelFrozen]; got != "" {
-				t.Errorf("it is still noted as frozen since %s", got)
-			}
-		})
+		if got := f.labels("a")[instance.LabelFrozen]; got != "" {
+			t.Errorf("it is still noted as frozen since %s", got)
+		}
 	})
 }
 
@@ -371,8 +369,8 @@ func TestRebuildFrozen(t *testing.T) {
 
 func wantFrozenAdopted(t *testing.T, e *instance.Engine, f *fake) {
 	t.Helper()
-	if f.containers["a.fn"].Labels[instance.LabelFrozen] == "" || f.freezer(t, "a") != "FROZEN" {
-		t.Errorf("labels %v, freezer %s", f.containers["a.fn"].Labels, f.freezer(t, "a"))
+	if f.labels("a")[instance.LabelFrozen] == "" || f.freezer(t, "a") != "FROZEN" {
+		t.Errorf("labels %v, freezer %s", f.labels("a"), f.freezer(t, "a"))
 	}
 	p := list(t, e)["a"]
 	if p.Claim != nil || p.MemoryBytes != 2<<20 || p.Version <= 99 {
