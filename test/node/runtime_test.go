@@ -317,11 +317,6 @@ func TestRuntimesThatFail(t *testing.T) {
 	if err := n.tryBoot("a", rt); connect.CodeOf(err) != connect.CodeInternal || !strings.Contains(err.Error(), "status 4") || !strings.Contains(err.Error(), "booted with a,b") {
 		t.Errorf("a boot that fails: %v", err)
 	}
-	rt = n.runtime()
-	rt.Image = n.image // a program that is no loader, and listens elsewhere
-	if err := n.tryBoot("b", rt); connect.CodeOf(err) != connect.CodeInternal {
-		t.Errorf("a boot of no loader: %v", err)
-	}
 	n.boot("c", "d", "e")
 	for name, c := range map[string]struct {
 		handler string
