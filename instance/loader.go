@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Bounds of the conversation with a loader, which ends in the hands of a Function: all that it says is hostile.
@@ -161,7 +163,7 @@ func (l *loader) readWords() error {
 	r := bufio.NewReader(l.conn)
 	for {
 		line, err := readLine(r)
-		if errors.Is(err, io.EOF) {
+		if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) { // the latter if it ended in our backlog
 			return errLoaderGone
 		}
 		if err != nil {

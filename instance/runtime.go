@@ -161,6 +161,9 @@ func (i *instance) fits(r *hearthv1.Revision) error {
 // bootWarm boots a Runtime in an Instance that is being created, and has containerd know: the next engine has to find it.
 func (e *Engine) bootWarm(ctx context.Context, i *instance, rt *hearthv1.Runtime) error {
 	p, err := e.boot(ctx, i, rt, newTrace(time.Now()))
+	if keepErr := e.logs.keep(runtimeLog(rt.Name), i.id, e.outputOf(i.id)); keepErr != nil {
+		e.log.Warn("output of a runtime not kept", "instance", i.id, "error", keepErr)
+	}
 	if err != nil {
 		return err
 	}
@@ -196,9 +199,6 @@ func (e *Engine) boot(ctx context.Context, i *instance, rt *hearthv1.Runtime, t 
 	g, err := e.bootLoader(ctx, i, b, launch{Root: root, Process: p, Loader: true})
 	e.metrics.booted(rt.Name, time.Since(begin), err)
 	t.since(phaseBoot, begin)
-	if keepErr := e.logs.keep(runtimeLog(rt.Name), i.id, e.outputOf(i.id)); keepErr != nil {
-		e.log.Warn("output of a runtime not kept", "instance", i.id, "error", keepErr)
-	}
 	if err != nil {
 		return nil, fmt.Errorf("boot runtime %s: %w", rt.Name, err)
 	}

@@ -32,6 +32,11 @@ func (e *Engine) startInRuntime(ctx context.Context, i *instance, a *activation)
 	b := i.booted
 	i.mu.Unlock()
 	begin := time.Now()
+	if !cold { // what a Runtime says that is booted for this Function is the Function's
+		if err := e.logs.keep(runtimeLog(b.name), i.id, e.outputOf(i.id)); err != nil {
+			return err
+		}
+	}
 	log, err := e.specialise(ctx, i, b, code, a)
 	if err != nil {
 		return err
@@ -46,11 +51,7 @@ func (e *Engine) specialise(ctx context.Context, i *instance, b *booted, code *c
 	if err := e.mark(i.id); err != nil {
 		return "", err
 	}
-	output := e.outputOf(i.id)
-	if err := e.logs.keep(runtimeLog(b.name), i.id, output); err != nil {
-		return "", err
-	}
-	log, err := e.logs.claim(a.revision.Function, i.id, output)
+	log, err := e.logs.claim(a.revision.Function, i.id, e.outputOf(i.id))
 	if err != nil {
 		return "", err
 	}
