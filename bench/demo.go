@@ -22,15 +22,16 @@ func demoSuite(ctx context.Context, o *Options, r *Report) error {
 				return fmt.Errorf("round %d: %w", round+1, err)
 			}
 		}
+		// Before others have the image too, which then would not be absent.
+		if err := s.waterfall(ctx); err != nil {
+			return err
+		}
 		for _, degree := range []string{fromRuntime, fromRevision} {
 			if err := s.degree(ctx, degree); err != nil {
 				return fmt.Errorf("start from a %s: %w", degree, err)
 			}
 		}
-		if err := s.warm(ctx, 500); err != nil {
-			return err
-		}
-		return s.waterfall(ctx)
+		return s.warm(ctx, 500)
 	})
 }
 
