@@ -1,6 +1,7 @@
 package pool_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -165,6 +166,8 @@ func (n *fakeNode) Activate(ctx context.Context, r *hearthv1.ActivateRequest) (*
 	switch {
 	case i == nil:
 		return nil, code(connect.CodeNotFound, "no instance %s", r.InstanceId)
+	case (r.Revision.Image == "") != (r.Revision.Code != nil) || (r.Revision.Code != nil) != (r.Revision.Runtime != nil):
+		return nil, code(connect.CodeInvalidArgument, "an image, or a runtime with code: %v", r.Revision)
 	case i.State == hearthv1.State_STATE_FROZEN && i.Revision == r.Revision.Name:
 	case i.State != hearthv1.State_STATE_WARM:
 		return nil, code(connect.CodeFailedPrecondition, "instance %s is %s with revision %s", i.Id, i.State, i.Revision)
@@ -289,7 +292,7 @@ func (n *fakeNode) PrepareRevision(ctx context.Context, r *hearthv1.PrepareRevis
 		}
 	}
 	n.prepared[r.Revision.Name]++
-	return &hearthv1.PrepareRevisionResponse{Image: "pinned@" + r.Revision.Image}, n.leave("prepare", r.Revision.Name)
+	return &hearthv1.PrepareRevisionResponse{Image: "pinned@" + cmp.Or(r.Revision.Image, r.Revision.Code.GetPackage())}, n.leave("prepare", r.Revision.Name)
 }
 
 func (n *fakeNode) ForgetRevision(ctx context.Context, r *hearthv1.ForgetRevisionRequest) error {

@@ -184,13 +184,14 @@ func (m *Manager) applied(now time.Time, f *function, r store.Record) {
 	}
 }
 
-// pin fixes the image of a Revision that was resolved on a node, so that every Instance of it runs the same bytes.
+// pin fixes the image of a Revision that was resolved on a node, so that every Instance of it runs the same bytes. Code has its
+// digest from the beginning.
 func (m *Manager) pin(name, revision, image string) error {
 	m.applies.Lock()
 	defer m.applies.Unlock()
 	m.mu.Lock()
 	f := m.functions[name]
-	if image == "" || f == nil || f.deleting || f.revision.GetName() != revision || f.revision.GetImage() != f.spec.GetImage() || image == f.revision.GetImage() {
+	if image == "" || f == nil || f.deleting || f.spec.GetImage() == "" || f.revision.GetName() != revision || f.revision.GetImage() != f.spec.GetImage() || image == f.revision.GetImage() {
 		m.mu.Unlock()
 		return nil
 	}

@@ -123,7 +123,7 @@ func (m *Manager) pinRuntime(name string, generation int64, image string) error 
 	return nil
 }
 
-// ApplyRuntime is RuntimeService's. One that is as it was is left alone.
+// ApplyRuntime is RuntimeService's. One that is as it was is left alone, or tried again if it could not be booted.
 func (m *Manager) ApplyRuntime(ctx context.Context, req *connect.Request[hearthv1.ApplyRuntimeRequest]) (*connect.Response[hearthv1.ApplyRuntimeResponse], error) {
 	spec := req.Msg.GetRuntime()
 	if err := ValidateRuntime(spec); err != nil {
@@ -159,6 +159,7 @@ func (m *Manager) applyRuntime(spec *hearthv1.Runtime) error {
 	applied.Status, applied.Generation = nil, 1
 	if before != nil {
 		if applied.Generation = before.generation; before.applied != nil && proto.Equal(before.applied, applied) {
+			m.fact(func(time.Time) { m.tryAgain(before) })
 			return nil
 		}
 		applied.Generation++
@@ -169,6 +170,18 @@ func (m *Manager) applyRuntime(spec *hearthv1.Runtime) error {
 	}
 	m.fact(func(now time.Time) { m.runtimeApplied(now, before, newRuntime(record)) })
 	return nil
+}
+
+// tryAgain forgets why a Runtime could not be booted, for whoever applies it as it was has put that right.
+func (m *Manager) tryAgain(r *runtime) {
+	for _, n := range m.nodes {
+		if s := n.supplies[r.name]; s != nil && s.lastErr != "" {
+			delete(n.supplies, r.name)
+			if n.synced && !n.has(r.imageName()) {
+				m.prepareRuntime(n, r)
+			}
+		}
+	}
 }
 
 func (m *Manager) runtimeApplied(now time.Time, before, r *runtime) {
