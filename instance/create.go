@@ -68,6 +68,7 @@ func (e *Engine) create(ctx context.Context, req *hearthv1.CreateInstanceRequest
 func (e *Engine) beginCreation(i *instance, rt *hearthv1.Runtime) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	i.boots = rt
 	e.advance(i, hearthv1.State_STATE_CREATING)
 	within := createTime
 	if rt != nil {

@@ -32,20 +32,21 @@ type instance struct {
 	address  string
 	claim    *hearthv1.Claim // nil before it is claimed, and while it is frozen
 	revision *hearthv1.Revision
-	image    string        // normalized reference, once claimed
-	chainID  string        // of its layers, once known
-	booted   *booted       // the Runtime in it; nil in a sandbox
-	code     *codeView     // of the Function's package
-	start    *activation   // of the claim
-	failure  error         // why it could not be created
-	warm     chan struct{} // closed when creation has ended, well or not
-	work     work          // creation, activation or freezing under way
-	ending   bool          // somebody discards it already
-	exited   chan struct{} // closed when the Function's process has ended
-	status   uint32        // its exit status, then
-	recorded chan struct{} // closed when containerd knows what the claim has made of it
-	freeze   *freezing     // under way
-	frozen   frozen        // what was noted when it was frozen last
+	image    string            // normalized reference, once claimed
+	chainID  string            // of its layers, once known
+	booted   *booted           // the Runtime in it; nil in a sandbox
+	boots    *hearthv1.Runtime // what is to be booted in it, while it is made
+	code     *codeView         // of the Function's package
+	start    *activation       // of the claim
+	failure  error             // why it could not be created
+	warm     chan struct{}     // closed when creation has ended, well or not
+	work     work              // creation, activation or freezing under way
+	ending   bool              // somebody discards it already
+	exited   chan struct{}     // closed when the Function's process has ended
+	status   uint32            // its exit status, then
+	recorded chan struct{}     // closed when containerd knows what the claim has made of it
+	freeze   *freezing         // under way
+	frozen   frozen            // what was noted when it was frozen last
 }
 
 // work is something under way that a discard has to end first. The zero value is nothing.
@@ -84,14 +85,17 @@ func (i *instance) proto(node string) *hearthv1.Instance {
 		Address: i.address, CreatedAt: timestamppb.New(i.created),
 		Function: i.revision.GetFunction(), Revision: i.revision.GetName(), Version: i.version,
 	}
-	if i.state == hearthv1.State_STATE_FROZEN {
-		p.Degree, p.MemoryBytes = hearthv1.Degree_DEGREE_REVISION, i.frozen.bytes
-	}
 	if i.claim != nil {
 		p.Claim = proto.CloneOf(i.claim)
 	}
-	if i.booted != nil {
+	switch {
+	case i.booted != nil:
 		p.Degree, p.Runtime, p.RuntimeGeneration = hearthv1.Degree_DEGREE_RUNTIME, i.booted.name, i.booted.generation
+	case i.boots != nil: // whoever counts what is being made counts it as that
+		p.Degree, p.Runtime, p.RuntimeGeneration = hearthv1.Degree_DEGREE_RUNTIME, i.boots.Name, i.boots.Generation
+	}
+	if i.state == hearthv1.State_STATE_FROZEN {
+		p.Degree, p.MemoryBytes = hearthv1.Degree_DEGREE_REVISION, i.frozen.bytes
 	}
 	if p.Address == "" && i.sandbox.IP.IsValid() {
 		p.Address = i.sandbox.IP.String()

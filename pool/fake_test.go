@@ -117,8 +117,7 @@ func (n *fakeNode) CreateInstance(ctx context.Context, r *hearthv1.CreateInstanc
 		return nil, err
 	}
 	if n.instances[r.Id] == nil {
-		i := &hearthv1.Instance{Id: r.Id, Node: n.name, State: hearthv1.State_STATE_CREATING, Degree: r.Degree, CreatedAt: timestamppb.Now(),
-			Runtime: r.Runtime.GetName(), RuntimeGeneration: r.Runtime.GetGeneration()}
+		i := &hearthv1.Instance{Id: r.Id, Node: n.name, State: hearthv1.State_STATE_CREATING, Degree: hearthv1.Degree_DEGREE_SANDBOX, CreatedAt: timestamppb.Now()}
 		n.instances[r.Id] = i
 		n.created++
 		n.set(i, hearthv1.State_STATE_CREATING)
@@ -137,6 +136,7 @@ func (n *fakeNode) CreateInstance(ctx context.Context, r *hearthv1.CreateInstanc
 		return nil, code(connect.CodeUnavailable, "node restarted")
 	}
 	if i.State == hearthv1.State_STATE_CREATING {
+		i.Degree, i.Runtime, i.RuntimeGeneration = r.Degree, r.Runtime.GetName(), r.Runtime.GetGeneration()
 		n.set(i, hearthv1.State_STATE_WARM)
 	}
 	return proto.CloneOf(i), n.leave("create", r.Id)

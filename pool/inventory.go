@@ -199,7 +199,9 @@ func (m *Manager) merge(now time.Time, i *instance, said *hearthv1.Instance) {
 	before, waits := i.state, m.waiter(i)
 	i.state, i.degree, i.address = said.GetState(), said.GetDegree(), said.GetAddress()
 	i.claim, i.function, i.revision = said.GetClaim(), said.GetFunction(), said.GetRevision()
-	i.kind, i.memory = kind{said.GetRuntime(), said.GetRuntimeGeneration()}, said.GetMemoryBytes()
+	if i.memory = said.GetMemoryBytes(); !i.making || i.state >= hearthv1.State_STATE_WARM { // until then it is what we asked for
+		i.kind = kind{said.GetRuntime(), said.GetRuntimeGeneration()}
+	}
 	i.version = max(i.version, said.GetVersion())
 	if said.GetCreatedAt() != nil {
 		i.created = said.GetCreatedAt().AsTime()

@@ -180,6 +180,29 @@ func TestRuntimeThatDoesNotBoot(t *testing.T) {
 	}
 }
 
+// TestNoneIsMadeTwice: what is being made for a request is counted, also while the node has not said what it will be.
+func TestNoneIsMadeTwice(t *testing.T) {
+	bubble(t, func(t *testing.T, n *fakeNode, m *running) {
+		m.applyRuntime("python", 0)
+		m.apply("hello", func(s *hearthv1.FunctionSpec) { runIn(s, "python") })
+		time.Sleep(time.Minute)
+		n.on(func() {
+			n.before = func(call, id string) error { // nothing there can be had
+				if call == "activate" && n.instances[id].GetRuntime() == "" {
+					return code(connect.CodeFailedPrecondition, "not this one")
+				}
+				return nil
+			}
+		})
+		before := n.made()
+		m.must("hello")
+		time.Sleep(time.Minute)
+		if more := n.made() - before; more > 8 {
+			t.Errorf("%d instances made for one request", more)
+		}
+	})
+}
+
 // TestRuntimeThatHangs: a boot that does not end keeps nobody else from being made.
 func TestRuntimeThatHangs(t *testing.T) {
 	bubble(t, func(t *testing.T, n *fakeNode, m *running) {
