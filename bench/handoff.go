@@ -40,7 +40,7 @@ func handoffSuite(ctx context.Context, o *Options, r *Report) (err error) {
 	}
 	defer func() { err = errors.Join(err, end()) }()
 	r.note("cri: containerd as it comes, overlayfs, runc; the pod of a python, java or node case runs the sample image of that name, " +
-		"which imports and answers what the handler does; the pod of a native case runs the same program")
+		"which imports and answers what the handler does; that of a native case the go image, whose program is another")
 	r.note("hearth's phases overlap, and are told by the daemons themselves")
 	clock := newQuickClock(o, len(cases))
 	var failed []error

@@ -174,9 +174,19 @@ func (n *podNode) pod(ctx context.Context, ref string, every time.Duration) (too
 		return 0, "", fmt.Errorf("run a pod: %w", err)
 	}
 	id = box.GetPodSandboxId()
+	status, err := n.runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: id})
+	if err != nil {
+		return 0, id, fmt.Errorf("read the address of a pod: %w", err)
+	}
+	ip := status.GetStatus().GetNetwork().GetIp()
+	hosts, err := n.writeHosts(name, ip)
+	if err != nil {
+		return 0, id, err
+	}
 	made, err := n.runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: id, SandboxConfig: config, Config: &cri.ContainerConfig{
 		Metadata: &cri.ContainerMetadata{Name: "function"}, Image: &cri.ImageSpec{Image: ref}, LogPath: "function.log",
 		Envs: []*cri.KeyValue{{Key: "PORT", Value: []byte("8080")}}, Linux: &cri.LinuxContainerConfig{},
+		Mounts: []*cri.Mount{{ContainerPath: "/etc/hosts", HostPath: hosts}},
 	}})
 	if err != nil {
 		return 0, id, fmt.Errorf("create the container of a pod: %w", err)
@@ -184,11 +194,7 @@ func (n *podNode) pod(ctx context.Context, ref string, every time.Duration) (too
 	if _, err := n.runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: made.GetContainerId()}); err != nil {
 		return 0, id, fmt.Errorf("start the container of a pod: %w", err)
 	}
-	status, err := n.runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: id})
-	if err != nil {
-		return 0, id, fmt.Errorf("read the address of a pod: %w", err)
-	}
-	address := status.GetStatus().GetNetwork().GetIp() + ":8080"
+	address := ip + ":8080"
 	if err := awaitListener(ctx, address, every); err != nil {
 		return 0, id, err
 	}
@@ -198,4 +204,18 @@ func (n *podNode) pod(ctx context.Context, ref string, every time.Duration) (too
 		return 0, id, err
 	}
 	return time.Since(start), id, nil
+}
+
+// writeHosts writes the /etc/hosts that a kubelet gives a pod: without its own name in it, a process that looks that up waits for a
+// name server.
+func (n *podNode) writeHosts(pod, ip string) (string, error) {
+	path := filepath.Join(n.dir, "log", pod, "hosts")
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return "", fmt.Errorf("hosts of a pod: %w", err)
+	}
+	text := "127.0.0.1\tlocalhost\n" + ip + "\t" + pod + "\n"
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		return "", fmt.Errorf("hosts of a pod: %w", err)
+	}
+	return path, nil
 }
