@@ -100,7 +100,7 @@ func runSuite(cmd *cobra.Command, suite string, o bench.Options, json string) er
 }
 
 func imagesCommand(o *bench.Options) *cobra.Command {
-	archives := ""
+	archives, registry := "", ""
 	cmd := &cobra.Command{
 		Use:       "images [NAME...]",
 		Short:     "Build the sample images, all or those named, unless they are cached",
@@ -119,10 +119,13 @@ func imagesCommand(o *bench.Options) *cobra.Command {
 					return err
 				}
 				fmt.Fprintln(cmd.OutOrStdout(), path)
-				if archives == "" {
-					continue
+				if archives != "" {
+					err = images.ExportFile(path, "hearth.local/"+name+":1", filepath.Join(archives, name+".tar"))
 				}
-				if err := images.ExportFile(path, "hearth.local/"+name+":1", filepath.Join(archives, name+".tar")); err != nil {
+				if err == nil && registry != "" {
+					_, err = images.Push(cmd.Context(), path, registry+"/"+name+":1")
+				}
+				if err != nil {
 					return err
 				}
 			}
@@ -130,5 +133,6 @@ func imagesCommand(o *bench.Options) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&archives, "archives", "", "folder in which to write NAME.tar too, for `ctr images import`, as hearth.local/NAME:1")
+	cmd.Flags().StringVar(&registry, "push", "", "HOST[:PORT] of a registry to which to push them too, as HOST[:PORT]/NAME:1")
 	return cmd
 }
