@@ -19,6 +19,7 @@ type backend interface {
 	images
 	snapshots
 	tasks
+	sidecars
 	containerList
 }
 

@@ -68,7 +68,7 @@ func (e *Engine) beginCreation(i *instance) {
 	defer i.mu.Unlock()
 	e.advance(i, hearthv1.State_STATE_CREATING)
 	begun := e.begin(i, time.Now().Add(createTime), func(ctx context.Context) {
-		s, l, err := e.makeSandbox(ctx, i.id)
+		s, l, err := e.makeSandbox(ctx, i)
 		e.endCreation(i, s, l, err)
 	})
 	if !begun {
@@ -101,8 +101,9 @@ func (e *Engine) begin(i *instance, deadline time.Time, f func(context.Context))
 	return begun
 }
 
-// makeSandbox makes a sandbox and the container in it, which waits for a Function.
-func (e *Engine) makeSandbox(ctx context.Context, id string) (sandbox, launcher, error) {
+// makeSandbox makes a sandbox and the containers in it, which wait for a Function.
+func (e *Engine) makeSandbox(ctx context.Context, i *instance) (sandbox, launcher, error) {
+	id := i.id
 	if err := e.backend.Ready(ctx); err != nil { // a half-made sandbox is the most that a call to a broken containerd could give
 		return sandbox{}, nil, err
 	}
@@ -118,7 +119,11 @@ func (e *Engine) makeSandbox(ctx context.Context, id string) (sandbox, launcher,
 	if c.Spec, err = e.spec(ctx, id, s); err != nil {
 		return s, nil, err
 	}
-	l, err := e.backend.CreateTask(ctx, c)
+	var l launcher
+	err = e.besideSidecar(ctx, i, s, func(ctx context.Context) (err error) {
+		l, err = e.backend.CreateTask(ctx, c)
+		return err
+	})
 	return s, l, err
 }
 

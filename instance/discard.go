@@ -120,8 +120,12 @@ func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) e
 	i.mu.Lock()
 	box, snapshot := i.sandbox.ID, i.snapshot
 	i.mu.Unlock()
+	grace = e.drain(ctx, i, grace)
 	i.letGo()
 	if err := e.backend.StopTask(ctx, containerID(i.id), grace); err != nil {
+		return err
+	}
+	if err := e.backend.StopTask(ctx, sidecarID(i.id), 0); err != nil {
 		return err
 	}
 	if snapshot != "" {

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/mount"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/sidecar/control"
 )
 
 // What a fake containerd is made of.
@@ -22,6 +24,7 @@ type (
 	Record        = record
 	ContainerInfo = containerInfo
 	Exit          = exit
+	Sidecar       = sidecar
 )
 
 // Labels that a restarted engine reads.
@@ -87,3 +90,11 @@ func Detach(mounts []mount.Mount, scratch string) (*os.File, error) { return det
 
 // RelativeLowers shortens an overlay's options.
 func RelativeLowers(options []string) (base, joined string) { return relativeLowers(options) }
+
+// SidecarServe is what a Revision's sidecar is told.
+func SidecarServe(ip string, r *hearthv1.Revision) control.Serve {
+	return sidecarServe(netip.MustParseAddr(ip), r)
+}
+
+// WithDefaults is the Config as the engine takes it.
+func (c Config) WithDefaults() (Config, error) { return c.withDefaults() }

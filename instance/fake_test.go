@@ -40,12 +40,16 @@ type fake struct {
 	exits      chan instance.Exit
 	prefetch   instance.Prefetcher
 	onLaunch   func(ctx context.Context) error
+
+	root     string                  // of engines, if the next finds files of the former one
+	sidecar  string                  // program, if Instances have one
+	sidecars map[string]*fakeSidecar // by container
 }
 
 func newFake() *fake {
 	return &fake{
 		sandboxes: map[string]instance.Sandbox{}, containers: map[string]instance.ContainerInfo{}, snapshots: map[string]bool{},
-		images: map[string]bool{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit),
+		images: map[string]bool{}, sidecars: map[string]*fakeSidecar{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit),
 	}
 }
 
@@ -174,7 +178,7 @@ func (*fakeLauncher) Pid() uint32 { return 1 }
 func (*fakeLauncher) Close() error { return nil }
 
 func (f *fake) StopTask(_ context.Context, id string, _ time.Duration) error {
-	return f.locked(func() error { delete(f.containers, id); return nil })
+	return f.locked(func() error { delete(f.containers, id); delete(f.sidecars, id); return nil })
 }
 
 func (f *fake) Record(_ context.Context, r instance.Record) error {
@@ -245,9 +249,13 @@ func run(t *testing.T, f *fake) *instance.Engine {
 // runUntil is run with an end.
 func runUntil(t *testing.T, f *fake) (*instance.Engine, func()) {
 	t.Helper()
+	root := f.root
+	if root == "" {
+		root = t.TempDir()
+	}
 	e, err := instance.NewWithBackend(instance.Config{
-		Node: "node", Root: t.TempDir(), Address: "/none", CgroupParent: "/hearth-fake", ResolvConf: "/none", Dial: f.dial,
-		Prefetch: f.prefetch,
+		Node: "node", Root: root, Address: "/none", CgroupParent: "/hearth-fake", ResolvConf: "/none", Dial: f.dial,
+		Prefetch: f.prefetch, Sidecar: f.sidecar,
 	}, f)
 	if err != nil {
 		t.Fatal(err)

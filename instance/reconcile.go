@@ -115,6 +115,9 @@ func (e *Engine) rebuild(ctx context.Context, s *survey) error {
 		}
 		i, err := e.adopt(ctx, s, id)
 		if errdefs.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded) {
+			for _, i := range append(found, i) {
+				i.letGo()
+			}
 			return err // containerd is away again: begin anew rather than discard what may be well
 		}
 		if err != nil {
@@ -148,6 +151,9 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	}
 	i.sandbox, i.created = box, box.Created
 	if i.claim == nil {
+		if err := e.adoptSidecar(ctx, i, ""); err != nil {
+			return i, err
+		}
 		if i.launcher, err = e.backend.FindTask(ctx, e.container(id)); err == nil {
 			i.state = hearthv1.State_STATE_WARM
 		}
@@ -156,7 +162,13 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	if i.revision.Port == 0 {
 		return i, errors.New("its labels are not complete")
 	}
+	if err := e.adoptSidecar(ctx, i, i.revision.Name); err != nil {
+		return i, err
+	}
 	i.state, i.address = hearthv1.State_STATE_SERVING, i.endpoint().String()
+	if i.sidecar != nil {
+		i.address = sidecarAddress(box.IP, i.revision).String()
+	}
 	i.start = &activation{
 		claim: i.claim, revision: i.revision, trace: newTrace(time.Now()), done: make(chan struct{}), answer: i.proto(e.cfg.Node),
 	}

@@ -28,7 +28,6 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 		i.chainID = img.ChainID
 	}
 	box, launcher, endpoint := i.sandbox, i.launcher, i.endpoint()
-	i.address = endpoint.String()
 	i.mu.Unlock()
 	if err != nil {
 		return err
@@ -47,6 +46,13 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 	if err := e.cgroups.limit(i.id, a.revision.GetResources()); err != nil {
 		return err
 	}
+	at, err := e.serve(ctx, i, a.revision)
+	if err != nil {
+		return err
+	}
+	i.mu.Lock()
+	i.address = at.String()
+	i.mu.Unlock()
 	if err := launcher.Launch(ctx, root, a.process); err != nil {
 		return err
 	}
@@ -99,11 +105,11 @@ func (e *Engine) awaitListening(ctx context.Context, i *instance, told <-chan ne
 	}
 	timer := time.NewTimer(delay)
 	defer timer.Stop()
-	elsewhere := netip.Addr{}
+	elsewhere, loopback := netip.Addr{}, e.hasSidecar(i.id) // which reaches it there
 	for {
 		select {
 		case at := <-told:
-			if at.IsUnspecified() || at == endpoint.Addr() {
+			if at.IsUnspecified() || at == endpoint.Addr() || loopback && at.IsLoopback() {
 				return nil
 			}
 			elsewhere = at
@@ -113,6 +119,8 @@ func (e *Engine) awaitListening(ctx context.Context, i *instance, told <-chan ne
 			}
 			delay = min(delay*3/2, most)
 			timer.Reset(delay)
+		case <-i.ready:
+			return nil
 		case <-i.exited:
 			i.mu.Lock()
 			defer i.mu.Unlock()

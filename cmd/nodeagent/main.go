@@ -29,7 +29,7 @@ import (
 
 // options are what the flags say.
 type options struct {
-	node, root, socket, containerd, cgroup, snapshotterSocket, imageSocket, hostsDir, dockerConfig string
+	node, root, socket, containerd, cgroup, snapshotterSocket, imageSocket, hostsDir, dockerConfig, sidecar string
 
 	keepBlobs bool
 	memory    int64
@@ -55,6 +55,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.socket, "socket", "/run/hearth/node.sock", "Unix socket to serve on")
 	f.StringVar(&o.containerd, "containerd-socket", "/run/containerd/containerd.sock", "containerd's socket")
 	f.StringVar(&o.cgroup, "cgroup-parent", "/hearth", "cgroup that instances are made in")
+	f.StringVar(&o.sidecar, "sidecar", "none", "program that stands before each function and holds its concurrency limit (sidecar: the one beside nodeagent); none: requests go to functions directly")
 	f.StringVar(&o.snapshotterSocket, "snapshotter-socket", "/run/hearth/snapshotter.sock", "Unix socket to serve the snapshotter on")
 	f.StringVar(&o.imageSocket, "image-service-socket", "", "Unix socket to serve the CRI's ImageService on, for the kubelet's --image-service-endpoint: its pull secrets then serve here too, and layers are fetched before containerd takes its locks (default: none)")
 	f.StringVar(&o.hostsDir, "hosts-dir", "", "folder of hosts.toml files for registries, as containerd's config_path")
@@ -80,7 +81,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 		return errors.Join(err, snaps.Close())
 	}
 	config := instance.Config{
-		Node: o.node, Root: o.root, Address: o.containerd, CgroupParent: o.cgroup,
+		Node: o.node, Root: o.root, Address: o.containerd, CgroupParent: o.cgroup, Sidecar: o.sidecar,
 		Credentials: blobs.Credentials, Fetch: snaps.Fetch, Prefetch: ahead,
 		Phases: func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) },
 		Logger: rt.Log, Registerer: rt.Registry,

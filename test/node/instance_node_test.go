@@ -84,6 +84,7 @@ type instanceNode struct {
 	snapshots *snapshotter.Snapshotter
 	image     string // of the function
 	launcher  string // program
+	sidecar   string // likewise, or "none"
 	cgroup    string
 	netns     map[string]bool // those that were there before
 
@@ -120,6 +121,12 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	})
 	n.launcher = filepath.Join(t.TempDir(), "launcher")
 	compile(t, n.launcher, "../../runtimes/launcher/main.go")
+	n.sidecar = filepath.Join(t.TempDir(), "sidecar")
+	build := exec.Command("go", "build", "-trimpath", "-o", n.sidecar, "../../cmd/sidecar")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 	n.image = n.registry.push(t, "functions/hello:1", programImage(t, "function", functionSource))
 	pause := n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
 	n.containerdNode = startContainerd(t, containerdOptions{Snapshotter: n.snapshots, HostsDir: hosts, Config: fmt.Sprintf(`
@@ -187,7 +194,7 @@ func (n *instanceNode) startEngine() {
 	}
 	n.engine, err = instance.New(instance.Config{
 		Node: "node-1", Root: filepath.Join(n.Dir, "node"), Address: n.Socket, CgroupParent: n.cgroup,
-		Launcher: n.launcher, Listens: listens, Logger: n.log,
+		Launcher: n.launcher, Sidecar: n.sidecar, Listens: listens, Logger: n.log,
 	})
 	if err != nil {
 		n.t.Fatal(err)
