@@ -9,16 +9,22 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"sync"
+	"time"
 
 	"github.com/hearth-serverless/hearth/sidecar/control"
 )
+
+// restTime is how long no request has been there when memory is given back.
+const restTime = time.Second
 
 // Sidecar is one Function's. It implements control.Sidecar.
 type Sidecar struct {
 	silence *log.Logger // net/http would fill a log with what anyone sends
 
 	told chan struct{} // closed when what is
+	rest *time.Timer   // gives memory back
 
 	mu      sync.Mutex     // guards what follows
 	what    *control.Serve // it and the next three never change once they are set
@@ -33,7 +39,9 @@ type Sidecar struct {
 
 // New makes a sidecar that is nobody's yet.
 func New() *Sidecar {
-	return &Sidecar{silence: log.New(io.Discard, "", 0), told: make(chan struct{})}
+	s := &Sidecar{silence: log.New(io.Discard, "", 0), told: make(chan struct{}), rest: time.AfterFunc(restTime, debug.FreeOSMemory)}
+	s.rest.Stop() // until there has been a request
+	return s
 }
 
 // Run listens for nodeagent on a Unix socket until ctx is done, and then ends without waiting for requests. A new connection
@@ -124,7 +132,7 @@ func (s *Sidecar) Serve(what *control.Serve) (control.Serving, error) {
 // listen takes requests and probes; mu must be held.
 func (s *Sidecar) listen(what *control.Serve) error {
 	if s.what == nil {
-		s.gate = newGate(what.Concurrency, what.Queue, func() { s.tell(control.Idle, "") })
+		s.gate = newGate(what.Concurrency, what.Queue, s.idle)
 		s.target = newTarget(what.Targets, what.Concurrency, s.accepts, func(err error) { s.tell(control.Refused, err.Error()) })
 		s.proxy = newProxy(what, s.gate, s.target, s.silence)
 	}
@@ -144,6 +152,12 @@ func (s *Sidecar) listen(what *control.Serve) error {
 		close(s.told)
 	}
 	return nil
+}
+
+// idle is called when the last request has ended.
+func (s *Sidecar) idle() {
+	s.rest.Reset(restTime)
+	s.tell(control.Idle, "")
 }
 
 // accepts notes that the Function does.
@@ -206,6 +220,7 @@ func (s *Sidecar) probe(w http.ResponseWriter, r *http.Request) {
 
 // close ends everything at once.
 func (s *Sidecar) close() {
+	s.rest.Stop()
 	s.mu.Lock()
 	servers := []*server{s.server, s.probes}
 	s.mu.Unlock()
