@@ -84,7 +84,7 @@ type instanceNode struct {
 	snapshots *snapshotter.Snapshotter
 	image     string // of the function
 	launcher  string // program
-	sidecar   string // likewise, or "none"
+	sidecar   string // likewise; empty is none
 	cgroup    string
 	netns     map[string]bool // those that were there before
 
@@ -121,12 +121,6 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	})
 	n.launcher = filepath.Join(t.TempDir(), "launcher")
 	compile(t, n.launcher, "../../runtimes/launcher/main.go")
-	n.sidecar = filepath.Join(t.TempDir(), "sidecar")
-	build := exec.Command("go", "build", "-trimpath", "-o", n.sidecar, "../../cmd/sidecar")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
 	n.image = n.registry.push(t, "functions/hello:1", programImage(t, "function", functionSource))
 	pause := n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
 	n.containerdNode = startContainerd(t, containerdOptions{Snapshotter: n.snapshots, HostsDir: hosts, Config: fmt.Sprintf(`

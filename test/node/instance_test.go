@@ -167,12 +167,8 @@ func (n *instanceNode) wantLogs(want ...string) {
 	})
 }
 
-// TestInstanceStartsThatFail has no sidecars, which reach a Function on loopback too.
 func TestInstanceStartsThatFail(t *testing.T) {
 	n := newInstanceNode(t)
-	n.stop()
-	n.sidecar = "none"
-	n.startEngine()
 	for name, c := range map[string]struct {
 		revision *hearthv1.Revision
 		within   time.Duration

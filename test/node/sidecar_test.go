@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -12,6 +13,19 @@ import (
 	"testing"
 	"time"
 )
+
+// withSidecars starts the engine again, so that it makes them.
+func (n *instanceNode) withSidecars() {
+	n.t.Helper()
+	n.stop()
+	n.sidecar = filepath.Join(n.t.TempDir(), "sidecar")
+	build := exec.Command("go", "build", "-trimpath", "-o", n.sidecar, "../../cmd/sidecar")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		n.t.Fatalf("%v: %s", err, out)
+	}
+	n.startEngine()
+}
 
 // sidecarPid is the process of an Instance's sidecar.
 func (n *instanceNode) sidecarPid(id string) int {
@@ -31,6 +45,7 @@ func (n *instanceNode) sidecarPid(id string) int {
 // death ends its Instance and no other.
 func TestSidecar(t *testing.T) {
 	n := newInstanceNode(t)
+	n.withSidecars()
 	n.create("s-one", "s-two", "s-three")
 	one, err := n.tryActivate("s-one", "claim-one", n.revision("loopback"), 30*time.Second)
 	if err != nil {
@@ -87,6 +102,7 @@ func TestSidecar(t *testing.T) {
 // that has none.
 func TestSidecarDiesUnseen(t *testing.T) {
 	n := newInstanceNode(t)
+	n.withSidecars()
 	n.create("s-dying", "s-well")
 	n.activate("s-dying")
 	address := n.activate("s-well").Instance.Address
@@ -108,7 +124,7 @@ func TestSidecarDiesUnseen(t *testing.T) {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	n.sidecar = "none"
+	n.sidecar = ""
 	n.startEngine()
 	n.create("s-bare")
 	bare := n.activate("s-bare").Instance.Address
