@@ -213,7 +213,9 @@ func CopyTree(ctx context.Context, root, path, source string) error {
 }
 
 // WriteLauncherRoot makes the root file system of launchers.
-func WriteLauncherRoot(root, program string) (string, error) { return writeLauncherRoot(root, map[string]string{launcherProgram: program}) }
+func WriteLauncherRoot(root, program string) (string, error) {
+	return writeLauncherRoot(root, map[string]string{launcherProgram: program})
+}
 
 // AwaitLauncher finds a launcher that was started.
 func AwaitLauncher(ctx context.Context, pid uint32, control string) (Launcher, error) {

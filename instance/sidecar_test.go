@@ -3,8 +3,11 @@ package instance_test
 import (
 	"context"
 	"errors"
+	"net"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -28,6 +31,10 @@ type fakeSidecar struct {
 	inFlight time.Duration // that a drain takes
 	refuses  error
 	dead     bool
+	hangs    bool
+	tellings int    // of serve
+	onServe  func() // likewise
+	onDrain  func()
 	links    []*fakeLink
 }
 
@@ -64,6 +71,13 @@ func (s *fakeSidecar) die() {
 	}
 }
 
+// told tells whether it was told what to serve.
+func (s *fakeSidecar) told() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.serve != nil
+}
+
 func (s *fakeSidecar) tell(e control.Event) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -75,7 +89,11 @@ func (l *fakeLink) Status() control.Status { return l.status }
 func (l *fakeLink) Serve(_ context.Context, s control.Serve) (control.Serving, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.onServe != nil {
+		l.onServe()
+	}
 	l.serve, l.serving = &s, true
+	l.tellings++
 	return control.Serving{Listen: s.Listen, Probe: s.Probe}, l.refuses
 }
 
@@ -83,6 +101,9 @@ func (l *fakeLink) Drain(ctx context.Context) error {
 	l.mu.Lock()
 	l.serving = false
 	takes := l.inFlight
+	if l.onDrain != nil {
+		l.onDrain()
+	}
 	l.mu.Unlock()
 	select {
 	case <-time.After(takes):
@@ -110,19 +131,33 @@ func (l *fakeLink) Close() error {
 
 func (f *fake) CreateSidecar(_ context.Context, c instance.Container) (instance.Sidecar, error) {
 	s := &fakeSidecar{}
-	if err := f.locked(func() error { f.sidecars[c.ID] = s; return nil }); err != nil {
+	limit := f.sidecarLimit(strings.TrimSuffix(c.ID, ".sidecar"))
+	err := f.locked(func() error {
+		f.sidecars[c.ID] = s
+		return errors.Join(os.MkdirAll(filepath.Dir(limit), 0o755), os.WriteFile(limit, nil, 0o644))
+	})
+	if err != nil {
 		return nil, err
 	}
 	return s.connect()
 }
 
-func (f *fake) FindSidecar(_ context.Context, c instance.Container) (instance.Sidecar, error) {
+// sidecarLimit is the file with its memory limit.
+func (f *fake) sidecarLimit(id string) string {
+	return filepath.Join(f.host, "cgroup/memory/hearth-fake/pod-"+id, "sidecar/memory.limit_in_bytes")
+}
+
+func (f *fake) FindSidecar(ctx context.Context, c instance.Container) (instance.Sidecar, error) {
 	var s *fakeSidecar
 	if err := f.locked(func() error { s = f.sidecars[c.ID]; return nil }); err != nil {
 		return nil, err
 	}
 	if s == nil {
 		return nil, errdefs.ErrNotFound
+	}
+	if s.hangs {
+		<-ctx.Done()
+		return nil, ctx.Err()
 	}
 	return s.connect()
 }
@@ -144,11 +179,11 @@ func newSidecarFake(t *testing.T) *fake {
 }
 
 // serveIn activates an Instance.
-func serveIn(e *instance.Engine, id string) (*hearthv1.ActivateResponse, error) {
+func serveIn(e *instance.Engine, id, claim string) (*hearthv1.ActivateResponse, error) {
 	r := revision()
 	r.Concurrency = 10
 	answer, err := e.Activate(context.Background(), connect.NewRequest(&hearthv1.ActivateRequest{
-		InstanceId: id, Revision: r, Claim: &hearthv1.Claim{Id: "c", Epoch: 1},
+		InstanceId: id, Revision: r, Claim: &hearthv1.Claim{Id: claim, Epoch: 1},
 	}))
 	if err != nil {
 		return nil, err
@@ -176,7 +211,7 @@ func TestSidecarServes(t *testing.T) {
 			time.Sleep(time.Second)
 			s.tell(control.Ready)
 		}()
-		answer, err := serveIn(e, "a")
+		answer, err := serveIn(e, "a", "c")
 		if err != nil || answer.Instance.Address != "10.0.0.1:8012" {
 			t.Fatalf("%v, %v", answer, err)
 		}
@@ -214,7 +249,7 @@ func TestSidecarEnds(t *testing.T) {
 					t.Fatal(err)
 				}
 				if c.serving {
-					if _, err := serveIn(e, "a"); err != nil {
+					if _, err := serveIn(e, "a", "c"); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -238,7 +273,7 @@ func TestSidecarCannotServe(t *testing.T) {
 			t.Fatal(err)
 		}
 		f.sidecars["a.sidecar"].refuses = errors.New("address in use")
-		_, err := serveIn(e, "a")
+		_, err := serveIn(e, "a", "c")
 		wantCode(t, err, connect.CodeInternal)
 		time.Sleep(time.Second)
 		synctest.Wait()
@@ -269,7 +304,7 @@ func TestSidecarAdopted(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				if _, err := serveIn(e, "serving"); err != nil {
+				if _, err := serveIn(e, "serving", "c"); err != nil {
 					t.Fatal(err)
 				}
 				time.Sleep(time.Second) // recorded
@@ -296,6 +331,163 @@ func TestSidecarAdopted(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A Runtime's Function has a sidecar as well: it serves before the loader is told to load, booted ahead or at the claim.
+func TestSidecarOfRuntime(t *testing.T) {
+	for name, make := range map[string]func(e *instance.Engine, id string) error{
+		"booted": func(e *instance.Engine, id string) error { _, err := boot(e, id); return err },
+		"cold":   create,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newSidecarFake(t)
+				f.loader = func(id string, conn net.Conn) {
+					converse(conn, readyLine, map[string]string{"load": `{"loaded":{}}`}, func(question string) {
+						if s := f.sidecars["a.sidecar"]; question == "load" && !s.told() {
+							t.Error("the loader loads before the sidecar serves")
+						}
+					})
+				}
+				e, stop := runUntil(t, f)
+				defer stop()
+				if err := make(e, "a"); err != nil {
+					t.Fatal(err)
+				}
+				s := f.sidecars["a.sidecar"]
+				if s.told() {
+					t.Error("it serves before there is a claim")
+				}
+				answer, err := load(e, "a", inPython(3))
+				if err != nil || answer.Instance.Address != "10.0.0.1:8012" || s.serve.Targets[0].String() != "127.0.0.1:8080" {
+					t.Fatalf("%v, %v; told %+v", answer, err, s.serve)
+				}
+				if limit, _ := os.ReadFile(f.sidecarLimit("a")); string(limit) != strconv.Itoa(24<<20+990*64<<10) { // 1000 and a queue of 100
+					t.Errorf("its memory limit is %s", limit)
+				}
+				if err := discard(e, "a", 1); err != nil || f.left() != nothing || len(f.sidecars) > 0 {
+					t.Errorf("discard: %v; left: %s, %d sidecars", err, f.left(), len(f.sidecars))
+				}
+			})
+		})
+	}
+}
+
+// A booted Runtime that was claimed for a moment is told apart by its sidecar too.
+func TestSidecarOfRuntimeAdopted(t *testing.T) {
+	for name, c := range map[string]struct {
+		serves string
+		want   int
+	}{"nobody": {"", 1}, "a function": {"hello-00001", 0}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f, root := newSidecarFake(t), t.TempDir()
+				e, stop := runIn(t, f, root)
+				if _, err := boot(e, "a"); err != nil {
+					t.Fatal(err)
+				}
+				stop()
+				if c.serves != "" {
+					s := f.sidecars["a.sidecar"]
+					s.serve, s.serving = &control.Serve{Function: c.serves}, true
+				}
+				e, stop = runIn(t, f, root)
+				defer stop()
+				synctest.Wait()
+				if got := list(t, e); len(got) != c.want || len(f.sidecars) != c.want {
+					t.Errorf("%v, %d sidecars", got, len(f.sidecars))
+				}
+			})
+		})
+	}
+}
+
+// What is frozen keeps its address and its sidecar, over a restart too. A claim has it told the same again before the thaw.
+func TestSidecarOfFrozen(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		t.Run(map[bool]string{false: "thawed", true: "restarted and thawed"}[restart], func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f, root := newSidecarFake(t), t.TempDir()
+				e, stop := runIn(t, f, root)
+				if err := create(e, "a"); err != nil {
+					t.Fatal(err)
+				}
+				first, err := serveIn(e, "a", "c1")
+				if err != nil {
+					t.Fatal(err)
+				}
+				p, err := freeze(e, "a", 1)
+				if err != nil || p.Address != first.Instance.Address {
+					t.Fatalf("frozen: %v, %v", p, err)
+				}
+				s := f.sidecars["a.sidecar"]
+				was := *s.serve
+				if !s.serving {
+					t.Error("it was drained to be frozen")
+				}
+				if restart {
+					stop()
+					e, stop = runIn(t, f, root)
+					synctest.Wait()
+				}
+				defer stop()
+				s.onServe = func() {
+					if f.freezer(t, "a") != "FROZEN" {
+						t.Error("it is told after the thaw")
+					}
+				}
+				again, err := serveIn(e, "a", "c2")
+				if err != nil || again.Instance.Address != "10.0.0.1:8012" || s.tellings != 2 || !s.serve.Equal(&was) {
+					t.Errorf("thawed: %v, %v; told %d times, at last %+v", again, err, s.tellings, s.serve)
+				}
+			})
+		})
+	}
+}
+
+// A frozen Instance that is discarded is thawed first, for what it has in flight could not end otherwise.
+func TestSidecarOfFrozenIsDrained(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newSidecarFake(t)
+		e := run(t, f)
+		if err := create(e, "a"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := serveIn(e, "a", "c1"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := freeze(e, "a", 1); err != nil {
+			t.Fatal(err)
+		}
+		s := f.sidecars["a.sidecar"]
+		drained := ""
+		s.onDrain = func() { drained = f.freezer(t, "a") }
+		_, err := e.Discard(t.Context(), connect.NewRequest(&hearthv1.DiscardRequest{InstanceId: "a", Epoch: 1, Grace: durationpb.New(time.Second)}))
+		if err != nil || drained != "THAWED" || f.left() != nothing {
+			t.Errorf("discard: %v; drained while it was %q; left: %s", err, drained, f.left())
+		}
+	})
+}
+
+// One that hangs costs its own Instance, and no other's adoption.
+func TestSidecarHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, root := newSidecarFake(t), t.TempDir()
+		e, stop := runIn(t, f, root)
+		for _, id := range []string{"hangs", "well"} {
+			if err := create(e, id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stop()
+		f.sidecars["hangs.sidecar"].hangs = true
+		e, stop = runIn(t, f, root)
+		defer stop()
+		synctest.Wait()
+		if got := list(t, e); len(got) != 1 || got["well"].GetState() != hearthv1.State_STATE_WARM {
+			t.Errorf("%v", got)
+		}
+	})
 }
 
 // The Function's own port is left to it.

@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
 
 // withSidecars starts the engine again, so that it makes them.
@@ -53,12 +55,7 @@ func TestSidecar(t *testing.T) {
 	}
 	two := n.activate("s-two")
 	for _, a := range []string{one.Instance.Address, two.Instance.Address} {
-		if !strings.HasSuffix(a, ":8012") || n.get(a, "/") != "hello" {
-			t.Errorf("the sidecar at %s does not answer", a)
-		}
-		if n.get(strings.TrimSuffix(a, "8012")+"8013", "/readyz") != "ok\n" {
-			t.Errorf("the probe of %s is not ready", a)
-		}
+		n.wantSidecar(a, "hello")
 	}
 	pid := n.sidecarPid("s-one")
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -138,5 +135,107 @@ func TestSidecarDiesUnseen(t *testing.T) {
 		return nil
 	})
 	n.discard("s-well", "s-bare")
+	n.eventually(n.leftBehind)
+}
+
+// wantSidecar says that an Instance's address is its sidecar's, that it answers there, and that its probe is ready.
+func (n *instanceNode) wantSidecar(address, want string) {
+	n.t.Helper()
+	if !strings.HasSuffix(address, ":8012") || n.get(address, "/") != want {
+		n.t.Errorf("the sidecar at %s does not answer %q", address, want)
+	}
+	if n.get(strings.TrimSuffix(address, "8012")+"8013", "/readyz") != "ok\n" {
+		n.t.Errorf("the probe of %s is not ready", address)
+	}
+}
+
+// TestSidecarOfFrozen: the freezer holds the Function and not its sidecar, which keeps a request until the thaw, over a restart of
+// the engine too.
+func TestSidecarOfFrozen(t *testing.T) {
+	n := newInstanceNode(t)
+	n.withSidecars()
+	box := id("s-frozen")
+	n.create(box)
+	address := n.activate(box).Instance.Address
+	probe := strings.TrimSuffix(address, "8012") + "8013"
+	for round, restart := range []bool{false, true, false} {
+		if p := n.freeze(box); p.State != hearthv1.State_STATE_FROZEN || p.Address != address {
+			t.Errorf("frozen: %v", p)
+		}
+		n.wantFreezer(box, true)
+		own, err := os.ReadFile(strings.Replace(n.cgroupFile(box, "freezer", "freezer.state", "cgroup.freeze"), "/fn/", "/sidecar/", 1))
+		if word := strings.TrimSpace(string(own)); err != nil || word != "THAWED" && word != "0" {
+			t.Errorf("the sidecar's freezer says %q, %v", own, err)
+		}
+		if got := n.get(probe, "/healthz"); got != "ok\n" {
+			t.Errorf("its sidecar says %q", got)
+		}
+		if restart {
+			n.stop()
+			n.startEngine()
+			if got := n.states(); len(got) != 1 || got[box] != hearthv1.State_STATE_FROZEN {
+				t.Fatalf("after a restart states are %v", got)
+			}
+		}
+		early := make(chan string, 1)
+		go func() { early <- n.try(address, "/") }()
+		answer, err := n.tryActivate(box, fmt.Sprint("again-", round), n.revision(), 30*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("thaw:%s", describe(answer.Phases))
+		if got := <-early; got != "hello" {
+			t.Errorf("the request that came before the thaw: %q", got)
+		}
+		n.wantSidecar(answer.Instance.Address, "hello")
+		n.eventually(func() error {
+			if since := n.label(box, "frozen"); since != "" {
+				return errors.New("the thaw is not recorded")
+			}
+			return nil
+		})
+	}
+	n.freeze(box)
+	n.discard(box)
+	n.eventually(n.leftBehind)
+}
+
+// TestSidecarOfRuntimes: loaders that were booted ahead, at the claim, and one whose Function is another program; the loader
+// listens where it always does.
+func TestSidecarOfRuntimes(t *testing.T) {
+	n := newRuntimeNode(t)
+	n.withSidecars()
+	n.boot("sr-a", "sr-late", "sr-program")
+	n.create(id("sr-cold"))
+	n.prepare("one", "program")
+	a, cold := n.load("sr-a", n.of("one", "main")), n.load("sr-cold", n.of("one", "main"))
+	for _, address := range []string{a, cold} {
+		n.wantSidecar(address, "main")
+		if got := n.get(strings.TrimSuffix(address, "8012")+"8080", "/"); got != "main" {
+			t.Errorf("the loader beside %s says %q", address, got)
+		}
+	}
+	n.wantSidecar(n.load("sr-program", n.of("program", "executes")), "hello")
+	n.freeze(id("sr-a"))
+	answer, err := n.tryActivate(id("sr-a"), "again", n.of("one", "main"), 30*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.wantSidecar(answer.Instance.Address, "main")
+	if got := n.get(a, "/thawed"); !strings.HasSuffix(got, " 32") {
+		t.Errorf("the loader was told of the thaw: %q", got)
+	}
+	n.stop()
+	n.startEngine()
+	n.eventually(func() error { // its loader has to greet
+		if got := n.states()[id("sr-late")]; got != hearthv1.State_STATE_WARM {
+			return fmt.Errorf("it is %s", got)
+		}
+		return nil
+	})
+	n.wantSidecar(n.load("sr-late", n.of("one", "main")), "main")
+	for name := range n.states() {
+		n.discard(name)
+	}
 	n.eventually(n.leftBehind)
 }
