@@ -167,7 +167,9 @@ func (e *Engine) adoptSidecar(ctx context.Context, i *instance, function string)
 		return err
 	}
 	i.sidecar = found
-	if st := found.Status(); st.Function != function || st.Serving != (function != "") {
+	st := found.Status()
+	e.log.Debug("sidecar found again", "instance", i.id, "ready", st.Ready, "in_flight", st.InFlight)
+	if st.Function != function || st.Serving != (function != "") {
 		return fmt.Errorf("its sidecar serves %q (%t), not %q", st.Function, st.Serving, function)
 	}
 	return nil

@@ -218,7 +218,6 @@ func TestSidecarServes(t *testing.T) {
 		if q := s.serve; q.Function != "hello-00001" || q.Targets[0].String() != "127.0.0.1:8080" || q.Probe.String() != "10.0.0.1:8013" || q.Concurrency != 10 {
 			t.Errorf("told %+v", q)
 		}
-		s.tell(control.Idle)
 		s.inFlight = 3 * time.Second
 		begin := time.Now()
 		_, err = e.Discard(t.Context(), connect.NewRequest(&hearthv1.DiscardRequest{InstanceId: "a", Epoch: 1, Grace: durationpb.New(10 * time.Second)}))

@@ -50,7 +50,7 @@ func (g *gate) enter(ctx context.Context) error {
 	select {
 	case g.slots <- struct{}{}:
 	case <-ctx.Done():
-		err = context.Cause(ctx)
+		err = ctx.Err()
 	}
 	g.mu.Lock()
 	g.waiting--

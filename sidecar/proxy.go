@@ -1,7 +1,6 @@
 package sidecar
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log"
@@ -16,13 +15,9 @@ import (
 // copyBytes is what is copied of a body at once.
 const copyBytes = 16 << 10
 
-// errTooLate is the cause of a context whose request got no first byte in time.
-var errTooLate = errors.New("no first byte in time")
-
 // proxy takes a Function's requests.
 type proxy struct {
 	name    string
-	timeout time.Duration
 	gate    *gate
 	target  *target
 	buffers *relay.Buffers
@@ -30,15 +25,13 @@ type proxy struct {
 }
 
 func newProxy(s *control.Serve, g *gate, t *target, silence *log.Logger) *proxy {
-	return &proxy{name: s.Function, timeout: s.Deadline(), gate: g, target: t, buffers: relay.NewBuffers(copyBytes), silence: silence}
+	return &proxy{name: s.Function, gate: g, target: t, buffers: relay.NewBuffers(copyBytes), silence: silence}
 }
 
 // exchange is one request and its answer.
 type exchange struct {
 	*proxy
 	reverse httputil.ReverseProxy
-	timer   *time.Timer // to errTooLate; nil if there is no bound
-	turn    bool        // it has had its turn
 }
 
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -47,19 +40,11 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	x := &exchange{proxy: p}
-	if p.timeout > 0 {
-		ctx, cancel := context.WithCancelCause(r.Context())
-		defer cancel(nil)
-		x.timer = time.AfterFunc(p.timeout, func() { cancel(errTooLate) })
-		defer x.timer.Stop()
-		r = r.WithContext(ctx)
-	}
 	if err := p.gate.enter(r.Context()); err != nil {
 		x.refuse(w, r, err)
 		return
 	}
 	defer p.gate.leave()
-	x.turn = true
 	if r.ProtoMajor == 1 && r.ContentLength != 0 {
 		// Without it net/http reads up what is left of the body before the answer begins.
 		_ = http.NewResponseController(w).EnableFullDuplex()
@@ -85,16 +70,10 @@ func rewrite(p *httputil.ProxyRequest) {
 
 // RoundTrip sends the request to the Function.
 func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
-	transport := x.target.plain
 	if relay.NeedsHTTP2(r) {
-		transport = x.target.grpc
+		return x.target.grpc.RoundTrip(r)
 	}
-	res, err := transport.RoundTrip(r)
-	if err == nil && x.timer != nil && !x.timer.Stop() {
-		_ = res.Body.Close() // nobody reads it
-		return nil, errTooLate
-	}
-	return res, err
+	return x.target.plain.RoundTrip(r)
 }
 
 func (x *exchange) modify(res *http.Response) error {
@@ -104,22 +83,13 @@ func (x *exchange) modify(res *http.Response) error {
 
 // refuse ends an exchange that came to no answer of the Function. What is the Function's fault ends without one: the gateway
 // then sees what it would see without a sidecar.
-func (x *exchange) refuse(w http.ResponseWriter, r *http.Request, err error) {
-	switch {
-	case errors.Is(err, errFull):
-		refuse(w, http.StatusServiceUnavailable, "queue_full",
-			fmt.Sprintf("%d requests wait for this instance of %s already, which is its bound", x.gate.queue, x.name),
-			"send less at once, or raise the function's max, concurrency or queue")
-	case errors.Is(err, errTooLate) || errors.Is(context.Cause(r.Context()), errTooLate):
-		where := "its instance was not free"
-		if x.turn {
-			where = "its instance began no answer"
-		}
-		refuse(w, http.StatusGatewayTimeout, "timeout", fmt.Sprintf("%s: %s within its time-out of %s", x.name, where, x.timeout),
-			"see the function's log; raise its timeout if it needs longer")
-	default:
+func (x *exchange) refuse(w http.ResponseWriter, _ *http.Request, err error) {
+	if !errors.Is(err, errFull) {
 		panic(http.ErrAbortHandler)
 	}
+	refuse(w, http.StatusServiceUnavailable, "queue_full",
+		fmt.Sprintf("%d requests wait for this instance of %s already, which is its bound", x.gate.queue, x.name),
+		"send less at once, or raise the function's max, concurrency or queue")
 }
 
 func refuse(w http.ResponseWriter, status int, code, reason, next string) {

@@ -117,6 +117,9 @@ func (s *Sidecar) Serve(what *control.Serve) (control.Serving, error) {
 	if s.what != nil && !s.what.Equal(what) {
 		return control.Serving{}, fmt.Errorf("it is the sidecar of %s and of no other", s.what.Function)
 	}
+	if s.what != nil {
+		s.target.close() // a Function that was frozen closes what was idle for too long, perhaps just as a request goes out on it
+	}
 	if s.server == nil {
 		if err := s.listen(what); err != nil {
 			return control.Serving{}, err
@@ -132,7 +135,7 @@ func (s *Sidecar) Serve(what *control.Serve) (control.Serving, error) {
 // listen takes requests and probes; mu must be held.
 func (s *Sidecar) listen(what *control.Serve) error {
 	if s.what == nil {
-		s.gate = newGate(what.Concurrency, what.Queue, s.idle)
+		s.gate = newGate(what.Concurrency, what.Queue, func() { s.rest.Reset(restTime) })
 		s.target = newTarget(what.Targets, what.Concurrency, s.accepts, func(err error) { s.tell(control.Refused, err.Error()) })
 		s.proxy = newProxy(what, s.gate, s.target, s.silence)
 	}
@@ -152,12 +155,6 @@ func (s *Sidecar) listen(what *control.Serve) error {
 		close(s.told)
 	}
 	return nil
-}
-
-// idle is called when the last request has ended.
-func (s *Sidecar) idle() {
-	s.rest.Reset(restTime)
-	s.tell(control.Idle, "")
 }
 
 // accepts notes that the Function does.

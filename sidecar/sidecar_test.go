@@ -3,7 +3,6 @@ package sidecar_test
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -124,34 +123,38 @@ func (w *world) inFlight() int {
 	return w.agent.Status().InFlight
 }
 
-// A time-out ends the wait in the queue and that for the first byte, and no answer that has begun.
-func TestTimeout(t *testing.T) {
-	w, h := newWorld(t), newHeld()
-	at, _ := w.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/slow" {
-			_ = http.NewResponseController(w).Flush()
-			<-h.in // what comes below
-			_, _ = io.WriteString(w, "done")
-			return
-		}
-		<-r.Context().Done()
-		h.in <- struct{}{}
-	}), func(s *control.Serve) { s.Concurrency, s.Queue, s.Timeout = 2, 3, 0.05 })
-	c := client(t, false)
-	slow := make(chan answer, 1)
-	go func() { slow <- get(c, "http://"+at+"/slow") }()
-	eventually(t, "it is there", func() bool { return w.inFlight() == 1 })
-	answers := make(chan answer, 2)
-	for range 2 { // one is in the Function, one waits for it; both are too late
-		go func() { answers <- get(c, "http://"+at) }()
-	}
-	for range 2 {
-		if got := (<-answers).code(t); got != "504 timeout" {
-			t.Error(got)
-		}
-	}
-	if a := <-slow; a.body != "done" || a.err != nil {
-		t.Errorf("%d %q %v", a.status, a.body, a.err)
+// A Function that was frozen may close connections that were idle for too long, just as a request goes out on one: those from before
+// a serve that is said again are not used any more.
+func TestServeAgain(t *testing.T) {
+	for name, h2 := range map[string]bool{"http1": false, "grpc": true} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			from := make(chan string, 1)
+			h := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { from <- r.RemoteAddr })
+			s := control.Serve{}
+			at, _ := w.serve(h, func(q *control.Serve) { s = *q })
+			c := client(t, h2)
+			post := func() string {
+				t.Helper()
+				r := must(http.NewRequest(http.MethodPost, "http://"+at, http.NoBody))
+				if h2 {
+					r.Header.Set("Content-Type", "application/grpc")
+				}
+				if a := do(c, r); a.status != 200 {
+					t.Fatalf("%d %v", a.status, a.err)
+				}
+				return <-from
+			}
+			last := post()
+			eventually(t, "another connection", func() bool { // an HTTP/2 stream ends a moment after its answer
+				if again := w.ask(s); again.Listen.String() != at {
+					t.Errorf("it moved from %s to %s", at, again.Listen)
+				}
+				former := last
+				last = post()
+				return last != former
+			})
+		})
 	}
 }
 
@@ -259,7 +262,7 @@ func reserve(t *testing.T) (address string, listen func() net.Listener) {
 	}
 }
 
-// Ready, idle and refused are told; a Function may listen anywhere among the targets, and late.
+// Ready and refused are told; a Function may listen anywhere among the targets, and late.
 func TestEvents(t *testing.T) {
 	w := newWorld(t)
 	address, listen := reserve(t)
@@ -288,7 +291,6 @@ func TestEvents(t *testing.T) {
 	if a := get(c, "http://"+at.Listen.String()); a.status != 404 {
 		t.Errorf("%d %v", a.status, a.err)
 	}
-	w.hear(control.Idle)
 	_ = server.Close()
 	serving.Wait()
 	if a := get(c, "http://"+at.Listen.String()); a.err == nil {

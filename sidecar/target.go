@@ -66,8 +66,8 @@ func (t *target) dial(ctx context.Context, network, _ string) (net.Conn, error) 
 	for _, candidate := range t.candidates {
 		conn, failed := dialer.DialContext(ctx, network, candidate.String())
 		if failed == nil {
+			t.ready() // before a request can find it
 			t.found.Store(&candidate)
-			t.ready()
 			return conn, nil
 		}
 		if err = failed; !errors.Is(failed, syscall.ECONNREFUSED) && !errors.Is(failed, syscall.EADDRNOTAVAIL) {

@@ -19,9 +19,6 @@ type Refusal struct {
 	RetryAfter time.Duration
 }
 
-// Error implements error, so that a refusal can end an exchange wherever it is.
-func (r *Refusal) Error() string { return r.Code + ": " + r.Reason }
-
 // Write answers with the refusal. HEAD and the like are net/http's business.
 func (r *Refusal) Write(w http.ResponseWriter) {
 	h := w.Header()

@@ -13,10 +13,9 @@ import (
 // Event is what a sidecar tells without being asked.
 type Event int
 
-// The events. Idle is told when its last request has ended, at most a few times a second.
+// The events.
 const (
 	Ready   Event = iota + 1 // the Function accepts connections
-	Idle                     // no request is in it
 	Refused                  // the Function refuses connections
 )
 
@@ -74,8 +73,6 @@ func (c *Client) Follow(tell func(e Event, reason string)) error {
 		switch {
 		case m.Ready != nil:
 			tell(Ready, "")
-		case m.Idle != nil:
-			tell(Idle, "")
 		case m.Refused != nil:
 			tell(Refused, m.Refused.Error)
 		case m.Serving != nil, m.Drained != nil, m.Failed != nil:

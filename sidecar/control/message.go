@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
-	"time"
 )
 
 // Socket is the name of the socket in the directory that nodeagent and sidecar share.
@@ -20,7 +19,6 @@ const (
 	maxTargets     = 8
 	maxConcurrency = 100_000
 	maxQueue       = 1_000_000
-	maxTimeout     = 24 * time.Hour
 )
 
 // Message is one line. Exactly one field is set.
@@ -35,7 +33,6 @@ type Message struct {
 	Failed  *Failure `json:"failed,omitempty"`
 
 	Ready   *Empty   `json:"ready,omitempty"` // the sidecar tells
-	Idle    *Empty   `json:"idle,omitempty"`
 	Refused *Failure `json:"refused,omitempty"`
 }
 
@@ -77,12 +74,7 @@ type Serve struct {
 	// Concurrency is how many requests the Function gets at once, Queue how many wait besides.
 	Concurrency int `json:"concurrency"`
 	Queue       int `json:"queue"`
-	// Timeout, in seconds, bounds the time to the first byte of an answer; 0 is no bound.
-	Timeout float64 `json:"timeout,omitempty"`
 }
-
-// Deadline is Timeout as a duration.
-func (s *Serve) Deadline() time.Duration { return time.Duration(s.Timeout * float64(time.Second)) }
 
 // Equal tells whether both say the same.
 func (s *Serve) Equal(o *Serve) bool {
@@ -103,8 +95,6 @@ func (s *Serve) check() error {
 		return fmt.Errorf("concurrency %d is not 1 to %d", s.Concurrency, maxConcurrency)
 	case s.Queue < 0 || s.Queue > maxQueue:
 		return fmt.Errorf("queue %d is not 0 to %d", s.Queue, maxQueue)
-	case s.Timeout < 0 || s.Timeout > maxTimeout.Seconds():
-		return fmt.Errorf("timeout of %g s is not 0 to %s", s.Timeout, maxTimeout)
 	}
 	for _, t := range s.Targets {
 		if !t.IsValid() || t.Port() == 0 {
@@ -119,7 +109,7 @@ func (m *Message) check() error {
 	said := 0
 	for _, is := range []bool{
 		m.Status != nil, m.Serve != nil, m.Drain != nil, m.Serving != nil, m.Drained != nil, m.Failed != nil,
-		m.Ready != nil, m.Idle != nil, m.Refused != nil,
+		m.Ready != nil, m.Refused != nil,
 	} {
 		if is {
 			said++

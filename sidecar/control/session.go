@@ -143,7 +143,7 @@ func (s *Session) tell(ctx context.Context, cancel func()) {
 		s.pending = [len(s.pending)]bool{}
 		s.mu.Unlock()
 		for e, m := range map[Event]*Message{
-			Ready: {Ready: &Empty{}}, Idle: {Idle: &Empty{}}, Refused: {Refused: &Failure{Error: clip(reason)}},
+			Ready: {Ready: &Empty{}}, Refused: {Refused: &Failure{Error: clip(reason)}},
 		} {
 			if pending[e] && s.say(m) != nil {
 				return
