@@ -6,10 +6,10 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"strings"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/relay"
 )
 
 const (
@@ -71,9 +71,9 @@ func newEndpoint(in *hearthv1.Instance, c *Config) *endpoint {
 	return e
 }
 
-// transport is the one for a request: gRPC needs HTTP/2 all the way, everything else takes HTTP/1.1.
+// transport is the one for a request.
 func (e *endpoint) transport(r *http.Request) *http.Transport {
-	if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+	if relay.NeedsHTTP2(r) {
 		return e.grpc
 	}
 	return e.plain

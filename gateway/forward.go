@@ -9,29 +9,17 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"github.com/hearth-serverless/hearth/internal/relay"
 )
 
-const (
-	smallAnswerBytes = copyBytes
-	smallAnswerTime  = 2 * time.Millisecond
-)
-
-// rewrite turns the client's request into the Instance's. ReverseProxy has taken off hop-by-hop headers, and those about
-// forwarding, which come back here: a client of this gateway may be a proxy itself.
+// rewrite turns the client's request into the Instance's. ReverseProxy has taken off headers about forwarding too, which come
+// back here: a client of this gateway may be a proxy itself.
 func (x *exchange) rewrite(p *httputil.ProxyRequest) {
-	u := p.Out.URL
-	u.Scheme, u.Opaque, u.User, u.Fragment = "http", "", nil, ""
-	u.RawQuery = p.In.URL.RawQuery // as it was, parsable or not: what it means is the Function's business
-	x.route.strip(u)
-	p.Out.Trailer = p.In.Trailer // the same map: its values come at the end of the body
+	relay.Rewrite(p)
+	x.route.strip(p.Out.URL)
 
 	in, out := p.In.Header, p.Out.Header
-	if strings.EqualFold(out.Get("Upgrade"), "h2c") {
-		// An Instance that agreed would get requests past the gateway.
-		out.Del("Upgrade")
-		out.Del("Connection")
-		out.Del("Http2-Settings")
-	}
 	if client, _, err := net.SplitHostPort(p.In.RemoteAddr); err == nil {
 		if prior := in["X-Forwarded-For"]; len(prior) > 0 {
 			client = strings.Join(prior, ", ") + ", " + client
@@ -66,12 +54,7 @@ func keep(out, in http.Header, name, otherwise string) {
 // modify completes the Instance's answer.
 func (x *exchange) modify(res *http.Response) error {
 	x.status = res.StatusCode
-	// Streams are flushed at once. A small answer of known length commonly is one piece, and then is one write; if it does
-	// come in pieces, they are held back no longer than this.
-	x.proxy.FlushInterval = -1
-	if n := res.ContentLength; n >= 0 && n <= smallAnswerBytes {
-		x.proxy.FlushInterval = smallAnswerTime
-	}
+	x.proxy.FlushInterval = relay.FlushInterval(res)
 	if res.Header.Get("X-Request-Id") == "" {
 		res.Header.Set("X-Request-Id", res.Request.Header.Get("X-Request-Id"))
 	}

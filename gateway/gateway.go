@@ -12,7 +12,12 @@ import (
 	"time"
 
 	"golang.org/x/sync/semaphore"
+
+	"github.com/hearth-serverless/hearth/internal/relay"
 )
+
+// copyBytes is what is copied of a body at once.
+const copyBytes = 32 << 10
 
 // Gateway is one front door. It is an http.Handler; requests to Functions without a free Instance need Run to be running.
 // Safe for concurrent use.
@@ -26,7 +31,7 @@ type Gateway struct {
 	urgent     chan struct{}       // holds one: the reporter has load to send at once
 	news       chan struct{}       // holds one: the reporter has something to acknowledge at once
 	bodies     *semaphore.Weighted // bytes of bodies that are held while their requests wait
-	buffers    *bufferPool
+	buffers    *relay.Buffers
 	errorLog   *log.Logger
 	active     sync.WaitGroup // requests, those with a taken-over connection included
 }
@@ -43,7 +48,7 @@ func New(c Config) (*Gateway, error) {
 	}
 	g := &Gateway{
 		config: c, metrics: m, strangers: m.function(""), dispatcher: newInbox[*function](), infirmary: newInbox[patient](), urgent: make(chan struct{}, 1), news: make(chan struct{}, 1),
-		bodies: semaphore.NewWeighted(maxHeldBytes), buffers: newBufferPool(),
+		bodies: semaphore.NewWeighted(maxHeldBytes), buffers: relay.NewBuffers(copyBytes),
 		errorLog: slog.NewLogLogger(c.Logger.Handler(), slog.LevelDebug),
 	}
 	g.table = newTable(&g.config, m, g.dispatcher.put, g.hurry, g.tell)
@@ -138,21 +143,6 @@ func (g *Gateway) idle() <-chan struct{} {
 	}()
 	return idle
 }
-
-// bufferPool lends buffers for copying bodies.
-type bufferPool struct{ pool sync.Pool }
-
-const copyBytes = 32 << 10
-
-func newBufferPool() *bufferPool {
-	return &bufferPool{sync.Pool{New: func() any { b := make([]byte, copyBytes); return &b }}}
-}
-
-// Get lends a buffer.
-func (p *bufferPool) Get() []byte { return *p.pool.Get().(*[]byte) }
-
-// Put takes one back.
-func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
 // close lets go of a function's connections when the gateway ends.
 func (f *function) close() {

@@ -1,15 +1,12 @@
 package gateway
 
 import (
-	"encoding/json"
 	"fmt"
-	"math"
 	"net/http"
-	"strconv"
 	"time"
-)
 
-const maxReasonBytes = 2 << 10
+	"github.com/hearth-serverless/hearth/internal/relay"
+)
 
 // statusClientGone is nginx's number for a client that left before its answer; it shows in metrics only.
 const statusClientGone = 499
@@ -18,34 +15,16 @@ const statusClientGone = 499
 type refusal struct {
 	status     int
 	code       string // constant, for programs
-	reason     string // for people, bounded by maxReasonBytes when written
+	reason     string // for people
 	next       string // what the reader can do
 	retryAfter time.Duration
 }
 
 func (r *refusal) Error() string { return r.code + ": " + r.reason }
 
-// write answers with the refusal. HEAD and the like are net/http's business.
+// write answers with the refusal.
 func (r *refusal) write(w http.ResponseWriter) {
-	h := w.Header()
-	h.Set("Content-Type", "application/json")
-	h.Set("Cache-Control", "no-store")
-	if r.retryAfter > 0 {
-		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(r.retryAfter.Seconds()))))
-	}
-	w.WriteHeader(r.status)
-	_ = json.NewEncoder(w).Encode(struct {
-		Error    string `json:"error"`
-		Reason   string `json:"reason"`
-		NextStep string `json:"next_step"`
-	}{r.code, clip(r.reason), r.next})
-}
-
-func clip(s string) string {
-	if len(s) > maxReasonBytes {
-		return s[:maxReasonBytes] + "…"
-	}
-	return s
+	(&relay.Refusal{Status: r.status, Code: r.code, Reason: r.reason, Next: r.next, RetryAfter: r.retryAfter}).Write(w)
 }
 
 func unknownFunction(what string) *refusal {

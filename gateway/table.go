@@ -8,6 +8,7 @@ import (
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/relay"
 )
 
 // maxTombstones bounds the memory of deleted Functions. They guard against events that arrive late, not against old ones.
@@ -104,7 +105,7 @@ func (t *table) event(m *hearthv1.WatchResponse, now time.Time) {
 func (t *table) apply(e *hearthv1.Endpoints, now time.Time) {
 	name := e.GetFunction()
 	if !isLabel(name) {
-		t.log.Warn("event for a function whose name is no dns label", "function", clip(name))
+		t.log.Warn("event for a function whose name is no dns label", "function", relay.Clip(name))
 		return
 	}
 	if t.opening != nil {
@@ -192,7 +193,7 @@ func (t *table) setHosts(name string, hosts []string) {
 	for _, h := range hosts {
 		h = normalHost(h)
 		if !mayHost(h, t.config.Domain) {
-			t.log.Warn("host cannot be a function's", "function", name, "host", clip(h))
+			t.log.Warn("host cannot be a function's", "function", name, "host", relay.Clip(h))
 			continue
 		}
 		wanted = append(wanted, h)
@@ -208,7 +209,7 @@ func (t *table) setHosts(name string, hosts []string) {
 	for _, name := range slices.Sorted(maps.Keys(t.wants)) {
 		for _, h := range t.wants[name] {
 			if other := t.hosts[h]; other != nil && other.name != name {
-				t.log.Warn("host is named by two functions", "host", clip(h), "function", other.name, "ignored", name)
+				t.log.Warn("host is named by two functions", "host", relay.Clip(h), "function", other.name, "ignored", name)
 				continue
 			}
 			t.hosts[h] = t.functions[name]

@@ -21,6 +21,7 @@ type backend interface {
 	snapshots
 	views
 	tasks
+	sidecars
 	containerList
 }
 

@@ -76,6 +76,9 @@ type Config struct {
 	ResolvConf string
 	// Launcher is the program that waits in warm Instances; default: launcher, beside this program.
 	Launcher string
+	// Sidecar is the program that stands before each Function; a bare name is looked for beside this program. Empty or "none":
+	// gateways' requests come to the Function itself. Instances keep what they were made with.
+	Sidecar string
 
 	// Phases returns the phases of the last pull of an image; nil if nobody knows.
 	Phases func(imageRef string) ([]Phase, bool)
@@ -138,6 +141,12 @@ func (c Config) withDefaults() (Config, error) {
 			problems = append(problems, fmt.Errorf("find the launcher: %w", err))
 		}
 		c.Launcher = filepath.Join(filepath.Dir(self), "launcher")
+	}
+	if c.Sidecar == "none" {
+		c.Sidecar = ""
+	}
+	if c.Sidecar != "" && filepath.Base(c.Sidecar) == c.Sidecar {
+		c.Sidecar = filepath.Join(filepath.Dir(c.Launcher), c.Sidecar)
 	}
 	setDefault(&c.DefaultClaimTimeout, 30*time.Second)
 	setDefault(&c.Grace, 5*time.Second)

@@ -21,30 +21,39 @@ const killTime = 10 * time.Second
 // CreateTask implements tasks. The container names the sandbox, so that containerd gives it to the shim that runs already. Its
 // root file system is a directory of the host's and not a snapshot, until Record.
 func (n *node) CreateTask(ctx context.Context, c container) (launcher, error) {
+	pid, err := n.runTask(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	l, err := awaitLauncher(ctx, pid, c.Control)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	return l, nil
+}
+
+// runTask makes a container and starts its process.
+func (n *node) runTask(ctx context.Context, c container) (pid uint32, err error) {
 	ctx = n.in(ctx)
 	spec, err := typeurl.MarshalAny(c.Spec)
 	if err != nil {
-		return nil, fmt.Errorf("encode spec of %s: %w", c.ID, err)
+		return 0, fmt.Errorf("encode spec of %s: %w", c.ID, err)
 	}
 	_, err = n.client.ContainerService().Create(ctx, containers.Container{
 		ID: c.ID, Labels: c.Labels, Runtime: c.Sandbox.Runtime, Spec: spec, Snapshotter: n.snapshotter, SandboxID: c.Sandbox.ID,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("create container %s: %w", c.ID, err)
+		return 0, fmt.Errorf("create container %s: %w", c.ID, err)
 	}
 	output := (&url.URL{Scheme: "file", Path: c.Log}).String()
 	made, err := n.client.TaskService().Create(ctx, &taskapi.CreateTaskRequest{ContainerID: c.ID, Stdout: output, Stderr: output})
 	if err != nil {
-		return nil, fmt.Errorf("create process of %s: %w", c.ID, errgrpc.ToNative(err))
+		return 0, fmt.Errorf("create process of %s: %w", c.ID, errgrpc.ToNative(err))
 	}
 	if _, err := n.client.TaskService().Start(ctx, &taskapi.StartRequest{ContainerID: c.ID}); err != nil {
-		return nil, fmt.Errorf("start process of %s: %w", c.ID, errgrpc.ToNative(err))
+		return 0, fmt.Errorf("start process of %s: %w", c.ID, errgrpc.ToNative(err))
 	}
-	l, err := awaitLauncher(ctx, made.Pid, c.Control)
-	if err != nil {
-		return nil, fmt.Errorf("container %s: %w", c.ID, err)
-	}
-	return l, nil
+	return made.Pid, nil
 }
 
 // FindTask implements tasks.

@@ -75,7 +75,7 @@ func (e *Engine) beginCreation(i *instance, rt *hearthv1.Runtime) {
 		within += pullTime + e.cfg.RuntimeBootTimeout
 	}
 	begun := e.begin(i, time.Now().Add(within), func(ctx context.Context) {
-		s, l, err := e.makeSandbox(ctx, i.id)
+		s, l, err := e.makeSandbox(ctx, i)
 		if err == nil && rt != nil {
 			i.mu.Lock()
 			i.sandbox, i.launcher = s, l
@@ -114,10 +114,11 @@ func (e *Engine) begin(i *instance, deadline time.Time, f func(context.Context))
 	return begun
 }
 
-// makeSandbox makes a sandbox and the container in it, which waits for a Function.
-func (e *Engine) makeSandbox(ctx context.Context, id string) (sandbox, launcher, error) {
+// makeSandbox makes a sandbox and the containers in it, which wait for a Function.
+func (e *Engine) makeSandbox(ctx context.Context, i *instance) (sandbox, launcher, error) {
 	ctx, cancel := context.WithTimeout(ctx, createTime)
 	defer cancel()
+	id := i.id
 	if err := e.backend.Ready(ctx); err != nil { // a half-made sandbox is the most that a call to a broken containerd could give
 		return sandbox{}, nil, err
 	}
@@ -133,7 +134,11 @@ func (e *Engine) makeSandbox(ctx context.Context, id string) (sandbox, launcher,
 	if c.Spec, err = e.spec(ctx, id, s); err != nil {
 		return s, nil, err
 	}
-	l, err := e.backend.CreateTask(ctx, c)
+	var l launcher
+	err = e.besideSidecar(ctx, i, s, func(ctx context.Context) (err error) {
+		l, err = e.backend.CreateTask(ctx, c)
+		return err
+	})
 	return s, l, err
 }
 

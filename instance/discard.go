@@ -130,12 +130,18 @@ func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) e
 	i.mu.Lock()
 	box, snapshot := i.sandbox.ID, i.snapshot
 	i.mu.Unlock()
-	i.letGo()
-	if err := e.cgroups.thaw(i.id); err != nil { // a frozen process takes no signal
+	if err := e.cgroups.thaw(i.id); err != nil { // a frozen process takes no signal, and answers nothing
 		return err
 	}
+	grace = e.drain(ctx, i, grace)
+	i.letGo()
 	if err := e.backend.StopTask(ctx, containerID(i.id), grace); err != nil {
 		return err
+	}
+	if e.hasSidecar(i.id) {
+		if err := e.backend.StopTask(ctx, sidecarID(i.id), 0); err != nil {
+			return err
+		}
 	}
 	if snapshot != "" {
 		if err := e.backend.RemoveSnapshot(ctx, snapshot); err != nil {

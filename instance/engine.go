@@ -66,7 +66,7 @@ func New(cfg Config) (*Engine, error) {
 			return nil, fmt.Errorf("instance engine: %w", err)
 		}
 	}
-	root, err := writeLauncherRoot(cfg.Root, cfg.Launcher)
+	root, err := writeLauncherRoot(cfg.Root, map[string]string{launcherProgram: cfg.Launcher, sidecarProgram: cfg.Sidecar})
 	if err != nil {
 		return nil, fmt.Errorf("instance engine: %w", err)
 	}

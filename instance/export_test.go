@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/sidecar/control"
 )
 
 // What a fake containerd is made of.
@@ -27,6 +29,7 @@ type (
 	Launch        = launch
 	Attachment    = attachment
 	CodeTree      = codeTree
+	Sidecar       = sidecar
 )
 
 // Labels that a restarted engine reads.
@@ -210,7 +213,9 @@ func CopyTree(ctx context.Context, root, path, source string) error {
 }
 
 // WriteLauncherRoot makes the root file system of launchers.
-func WriteLauncherRoot(root, program string) (string, error) { return writeLauncherRoot(root, program) }
+func WriteLauncherRoot(root, program string) (string, error) {
+	return writeLauncherRoot(root, map[string]string{launcherProgram: program})
+}
 
 // AwaitLauncher finds a launcher that was started.
 func AwaitLauncher(ctx context.Context, pid uint32, control string) (Launcher, error) {
@@ -220,3 +225,11 @@ func AwaitLauncher(ctx context.Context, pid uint32, control string) (Launcher, e
 	}
 	return l, nil
 }
+
+// SidecarServe is what a Revision's sidecar is told.
+func SidecarServe(ip string, r *hearthv1.Revision) control.Serve {
+	return sidecarServe(netip.MustParseAddr(ip), r)
+}
+
+// WithDefaults is the Config as the engine takes it.
+func (c Config) WithDefaults() (Config, error) { return c.withDefaults() }

@@ -51,6 +51,7 @@ type fake struct {
 	loader     func(id string, conn net.Conn) // what a loader says; nil: wellBehaved
 	mounted    map[string][]string            // paths, by container
 	views      map[string]string              // image by key
+	sidecars   map[string]*fakeSidecar        // by container
 }
 
 func newFake(t *testing.T) *fake {
@@ -59,7 +60,7 @@ func newFake(t *testing.T) *fake {
 		host:      t.TempDir(),
 		sandboxes: map[string]instance.Sandbox{}, containers: map[string]instance.ContainerInfo{}, snapshots: map[string]bool{},
 		images: map[string]bool{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit), crash: make(chan struct{}),
-		loaders: map[string]bool{}, mounted: map[string][]string{}, views: map[string]string{},
+		loaders: map[string]bool{}, mounted: map[string][]string{}, views: map[string]string{}, sidecars: map[string]*fakeSidecar{},
 	}
 }
 
@@ -292,6 +293,10 @@ func (f *fake) StopTask(_ context.Context, id string, grace time.Duration) error
 		state, _ := os.ReadFile(f.cgroupFile(strings.TrimSuffix(id, ".fn"), "freezer", "freezer.state"))
 		if string(state) == "FROZEN" {
 			return errors.New("a frozen process takes no signal")
+		}
+		if _, is := f.sidecars[id]; is {
+			delete(f.sidecars, id)
+			return nil
 		}
 		f.grace = grace
 		delete(f.containers, id)

@@ -209,6 +209,9 @@ func (e *Engine) unfreeze(i *instance) {
 // thaw has a frozen Instance serve again: the whole start, then, for what is recorded comes after it.
 func (e *Engine) thaw(ctx context.Context, i *instance, a *activation) error {
 	begin := time.Now()
+	if err := e.serve(ctx, i, a.revision); err != nil {
+		return err
+	}
 	if err := e.cgroups.thaw(i.id); err != nil {
 		return err
 	}

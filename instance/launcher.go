@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -33,14 +35,22 @@ const (
 	maxReason = 4 << 10
 )
 
-// writeLauncherRoot makes the root file system that all launchers run in: the program and places for mounts. It is named by
-// the program's content, so that those that run keep theirs.
-func writeLauncherRoot(root, program string) (string, error) {
-	text, err := os.ReadFile(program)
-	if err != nil {
-		return "", fmt.Errorf("launcher: %w; `make build` compiles it beside nodeagent", err)
+// writeLauncherRoot makes the root file system that all launchers and sidecars run in: the programs, by where they are to be, and
+// places for mounts. It is named by the programs' content, so that those that run keep theirs.
+func writeLauncherRoot(root string, programs map[string]string) (string, error) {
+	content, texts := digest.Canonical.Digester(), map[string][]byte{}
+	for _, place := range slices.Sorted(maps.Keys(programs)) {
+		if programs[place] == "" {
+			continue
+		}
+		text, err := os.ReadFile(programs[place])
+		if err != nil {
+			return "", fmt.Errorf("program of instances: %w; `make build` compiles it beside nodeagent", err)
+		}
+		_, _ = content.Hash().Write(text)
+		texts[place] = text
 	}
-	dir := filepath.Join(root, "launcher-"+digest.FromBytes(text).Encoded()[:16])
+	dir := filepath.Join(root, "launcher-"+content.Digest().Encoded()[:16])
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
@@ -48,7 +58,7 @@ func writeLauncherRoot(root, program string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("launcher: %w", err)
 	}
-	if err := fillLauncherRoot(made, text); err != nil {
+	if err := fillLauncherRoot(made, texts); err != nil {
 		return "", errors.Join(fmt.Errorf("launcher: %w", err), os.RemoveAll(made))
 	}
 	if err := os.Rename(made, dir); err != nil {
@@ -71,7 +81,7 @@ func (e *Engine) cleanLauncherRoots() error {
 	return err
 }
 
-func fillLauncherRoot(dir string, program []byte) error {
+func fillLauncherRoot(dir string, programs map[string][]byte) error {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
@@ -90,7 +100,12 @@ func fillLauncherRoot(dir string, program []byte) error {
 			return err
 		}
 	}
-	return os.WriteFile(filepath.Join(dir, launcherProgram), program, 0o755)
+	for place, text := range programs {
+		if err := os.WriteFile(filepath.Join(dir, place), text, 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // taskLauncher is the launcher of a real container.
@@ -108,7 +123,7 @@ func findLauncher(ctx context.Context, pid uint32, control string) (*taskLaunche
 	if err != nil {
 		return nil, fmt.Errorf("launcher: %w", err)
 	}
-	conn, err := dialLauncher(ctx, control)
+	conn, err := dialIn(ctx, control, launcherSocket)
 	if err != nil {
 		return nil, errors.Join(err, namespace.Close())
 	}
@@ -135,7 +150,7 @@ func findLoader(_ context.Context, pid uint32, control string) (*taskLauncher, e
 
 // Dial implements launcher. Whoever it was that listened first is who answers.
 func (l *taskLauncher) Dial(ctx context.Context) (net.Conn, error) {
-	conn, err := dialLauncher(ctx, l.control)
+	conn, err := dialIn(ctx, l.control, launcherSocket)
 	if err != nil {
 		return nil, err
 	}
@@ -167,17 +182,17 @@ func awaitLauncher(ctx context.Context, pid uint32, control string) (*taskLaunch
 	}
 }
 
-// dialLauncher reaches the socket through its directory, because the path of a socket has at most 107 bytes.
-func dialLauncher(ctx context.Context, control string) (*net.UnixConn, error) {
+// dialIn reaches a socket through its directory, because the path of a socket has at most 107 bytes.
+func dialIn(ctx context.Context, control, socket string) (*net.UnixConn, error) {
 	dir, err := os.OpenFile(control, unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return nil, fmt.Errorf("launcher: %w", err)
+		return nil, fmt.Errorf("connect to %s: %w", socket, err)
 	}
 	defer dir.Close()
-	path := "/proc/self/fd/" + strconv.Itoa(int(dir.Fd())) + "/" + launcherSocket
+	path := "/proc/self/fd/" + strconv.Itoa(int(dir.Fd())) + "/" + socket
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 	if err != nil {
-		return nil, fmt.Errorf("launcher: %w", err)
+		return nil, fmt.Errorf("connect to %s: %w", socket, err)
 	}
 	return conn.(*net.UnixConn), nil
 }

@@ -29,8 +29,8 @@ func wellBehaved(_ string, conn net.Conn) {
 	})
 }
 
-// converse greets and answers questions by their names.
-func converse(conn net.Conn, greeting string, answers map[string]string) {
+// converse greets and answers questions by their names; heard is told of each before.
+func converse(conn net.Conn, greeting string, answers map[string]string, heard ...func(question string)) {
 	if _, err := io.WriteString(conn, greeting); err != nil {
 		return
 	}
@@ -40,6 +40,9 @@ func converse(conn net.Conn, greeting string, answers map[string]string) {
 			return
 		}
 		for name := range question {
+			for _, hear := range heard {
+				hear(name)
+			}
 			if _, err := io.WriteString(conn, answers[name]+"\n"); err != nil {
 				return
 			}

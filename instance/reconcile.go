@@ -115,6 +115,9 @@ func (e *Engine) rebuild(ctx context.Context, s *survey) error {
 		}
 		i, err := e.adopt(ctx, s, id)
 		if errdefs.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded) {
+			for _, i := range append(found, i) {
+				i.letGo()
+			}
 			return err // containerd is away again: begin anew rather than discard what may be well
 		}
 		if err != nil {
@@ -151,36 +154,59 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	if err != nil {
 		return i, err
 	}
-	if i.claim == nil && !runs {
-		return i, errors.New("it is frozen and nothing is recorded of it")
+	if i.claim == nil {
+		return i, e.adoptUnclaimed(ctx, i, runs)
 	}
-	switch {
-	case i.claim == nil && i.booted != nil:
-		return i, e.adoptBooted(ctx, i)
-	case i.claim == nil:
-		if i.launcher, err = e.backend.FindTask(ctx, e.container(id)); err == nil {
-			i.state = hearthv1.State_STATE_WARM
-		}
-		return i, err // it was claimed and had not come to be recorded, if the launcher is no more
-	case i.revision.Port == 0:
-		return i, errors.New("its labels are not complete")
-	case i.booted != nil:
+	return i, e.adoptClaimed(ctx, i, c, runs)
+}
+
+// adoptUnclaimed takes over an Instance that waits for a claim.
+func (e *Engine) adoptUnclaimed(ctx context.Context, i *instance, runs bool) error {
+	if !runs {
+		return errors.New("it is frozen and nothing is recorded of it")
+	}
+	if err := e.adoptSidecar(ctx, i, ""); err != nil {
+		return err
+	}
+	if i.booted != nil {
+		return e.adoptBooted(ctx, i)
+	}
+	var err error
+	if i.launcher, err = e.backend.FindTask(ctx, e.container(i.id)); err == nil {
+		i.state = hearthv1.State_STATE_WARM
+	}
+	return err // it was claimed and had not come to be recorded, if the launcher is no more
+}
+
+// adoptClaimed takes over an Instance that serves, or that was frozen when it had served.
+func (e *Engine) adoptClaimed(ctx context.Context, i *instance, c containerInfo, runs bool) error {
+	if i.revision.Port == 0 {
+		return errors.New("its labels are not complete")
+	}
+	if runs && c.Labels[labelFrozen] != "" {
+		return errors.New("it was thawed, and nobody has recorded by which claim")
+	}
+	if i.booted != nil {
 		if err := e.findLoader(ctx, i); err != nil {
-			return i, err
+			return err
 		}
+	}
+	if err := e.adoptSidecar(ctx, i, i.revision.Name); err != nil {
+		return err
+	}
+	i.address = i.endpoint().String()
+	if i.sidecar != nil {
+		i.address = sidecarAddress(i.sandbox.IP, i.revision).String()
 	}
 	if !runs {
-		return i, e.adoptFrozen(ctx, i, c)
+		return e.adoptFrozen(ctx, i, c)
 	}
-	if c.Labels[labelFrozen] != "" {
-		return i, errors.New("it was thawed, and nobody has recorded by which claim")
-	}
-	i.state, i.address = hearthv1.State_STATE_SERVING, i.endpoint().String()
+	i.state = hearthv1.State_STATE_SERVING
 	i.start = &activation{
 		claim: i.claim, revision: i.revision, trace: newTrace(time.Now()), done: make(chan struct{}), answer: i.proto(e.cfg.Node),
 	}
 	close(i.start.done)
-	return i, nil
+	return nil
 }
 
 // adoptFrozen takes over an Instance whose freezer holds it. It may not have come to a stop yet, and it may not have been noted:
@@ -197,7 +223,7 @@ func (e *Engine) adoptFrozen(ctx context.Context, i *instance, c containerInfo) 
 	if err != nil {
 		return fmt.Errorf("it does not freeze: %s", err) // its kind is nothing of containerd's
 	}
-	i.state, i.address = hearthv1.State_STATE_FROZEN, i.endpoint().String()
+	i.state = hearthv1.State_STATE_FROZEN
 	i.frozen = frozen{since: since, claim: i.claim.GetId(), bytes: used}
 	return nil
 }
@@ -251,7 +277,11 @@ func (e *Engine) install(i *instance) {
 	if state == hearthv1.State_STATE_CREATING {
 		e.greetAdopted(i)
 	}
+	side := i.sidecar
 	i.mu.Unlock()
+	if side != nil {
+		e.followSidecar(i, side)
+	}
 	switch state {
 	case hearthv1.State_STATE_DRAINING:
 		e.end(i, hearthv1.State_STATE_DRAINING, 0)

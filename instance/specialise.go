@@ -20,7 +20,6 @@ func (e *Engine) startInRuntime(ctx context.Context, i *instance, a *activation)
 	}
 	i.mu.Lock()
 	i.code = code
-	i.address = i.endpoint().String()
 	cold := i.booted == nil
 	i.mu.Unlock()
 	if cold {
@@ -39,6 +38,9 @@ func (e *Engine) startInRuntime(ctx context.Context, i *instance, a *activation)
 	}
 	log, err := e.specialise(ctx, i, b, code, a)
 	if err != nil {
+		return err
+	}
+	if err := e.serve(ctx, i, a.revision); err != nil {
 		return err
 	}
 	a.trace.since(phaseMount, begin)

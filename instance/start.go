@@ -31,7 +31,6 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 		i.chainID = img.ChainID
 	}
 	box, launcher, endpoint := i.sandbox, i.launcher, i.endpoint()
-	i.address = endpoint.String()
 	i.mu.Unlock()
 	if err != nil {
 		return err
@@ -51,6 +50,9 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 		return err
 	}
 	if err := e.mount(ctx, launcher, a); err != nil { // /run goes with the process into its root
+		return err
+	}
+	if err := e.serve(ctx, i, a.revision); err != nil {
 		return err
 	}
 	if err := launcher.Launch(ctx, launch{Root: root, Process: a.process}); err != nil {
@@ -105,11 +107,11 @@ func (e *Engine) awaitListening(ctx context.Context, i *instance, told <-chan ne
 	}
 	timer := time.NewTimer(delay)
 	defer timer.Stop()
-	elsewhere := netip.Addr{}
+	elsewhere, loopback := netip.Addr{}, e.hasSidecar(i.id) // which reaches it there
 	for {
 		select {
 		case at := <-told:
-			if at.IsUnspecified() || at == endpoint.Addr() {
+			if at.IsUnspecified() || at == endpoint.Addr() || loopback && at.IsLoopback() {
 				return nil
 			}
 			elsewhere = at
@@ -119,6 +121,8 @@ func (e *Engine) awaitListening(ctx context.Context, i *instance, told <-chan ne
 			}
 			delay = min(delay*3/2, most)
 			timer.Reset(delay)
+		case <-i.ready:
+			return nil
 		case <-i.exited:
 			i.mu.Lock()
 			defer i.mu.Unlock()

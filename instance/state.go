@@ -18,8 +18,10 @@ import (
 
 // instance is one Instance. Its id never changes; everything else is guarded by mu, which is never held over I/O.
 type instance struct {
-	id   string
-	done chan struct{} // closed when nothing is left of it
+	id        string
+	done      chan struct{} // closed when nothing is left of it
+	ready     chan struct{} // closed when its sidecar has told so
+	readyOnce sync.Once
 
 	mu       sync.Mutex
 	state    hearthv1.State
@@ -28,6 +30,7 @@ type instance struct {
 	sandbox  sandbox
 	launcher launcher // from Warm on; nil after a restart that found the Function running
 	pid      uint32   // of the Function's process; 0 before there is one
+	sidecar  sidecar  // from Warm on; nil if it has none
 	snapshot string   // key of the Function's root file system
 	address  string
 	claim    *hearthv1.Claim // nil before it is claimed, and while it is frozen
@@ -58,14 +61,15 @@ type work struct {
 func newInstance(id string, state hearthv1.State, created time.Time) *instance {
 	return &instance{
 		id: id, state: state, created: created,
-		done: make(chan struct{}), warm: make(chan struct{}), exited: make(chan struct{}), recorded: make(chan struct{}),
+		done: make(chan struct{}), ready: make(chan struct{}), warm: make(chan struct{}), exited: make(chan struct{}),
+		recorded: make(chan struct{}),
 	}
 }
 
 // containerID is the id of an Instance's one container, the launcher's and then the Function's.
 func containerID(instance string) string { return instance + ".fn" }
 
-// letGo ends the connection to the launcher, which waits on if it still does.
+// letGo ends the connections to the launcher, which waits on if it still does, and to the sidecar.
 func (i *instance) letGo() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -75,6 +79,10 @@ func (i *instance) letGo() {
 	}
 	if i.booted != nil {
 		i.booted.close()
+	}
+	if i.sidecar != nil {
+		_ = i.sidecar.Close() // likewise
+		i.sidecar = nil
 	}
 }
 

@@ -118,6 +118,7 @@ type instanceNode struct {
 	snapshots *snapshotter.Snapshotter
 	image     string // of the function
 	launcher  string // program
+	sidecar   string // likewise; empty is none
 	cgroup    string
 	netns     map[string]bool // those that were there before
 
@@ -221,7 +222,7 @@ func (n *instanceNode) startEngine() {
 	}
 	n.engine, err = instance.New(instance.Config{
 		Node: "node-1", Root: filepath.Join(n.Dir, "node"), Address: n.Socket, CgroupParent: n.cgroup,
-		Launcher: n.launcher, Listens: listens, Logger: n.log,
+		Launcher: n.launcher, Sidecar: n.sidecar, Listens: listens, Logger: n.log,
 	})
 	if err != nil {
 		n.t.Fatal(err)
