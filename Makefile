@@ -24,7 +24,8 @@ peers: go ## compile the snapshotters that benchmarks compare with (SOCI, stargz
 images: build tools ## make all sample images in .cache (`bin/bench images NAME` for one); needs root and a Debian mirror
 	bin/bench images
 
-test: tools ## every test, under the race detector; those of the node want root; TESTFLAGS='-run X' narrows it
+test: build tools ## every test, under the race detector; those of the node want root; TESTFLAGS='-run X' narrows it
+	bin/bench images runtime-python runtime-native >/dev/null
 	go test -race -timeout 15m $(TESTFLAGS) ./...
 
 demo: build tools ## start a function cold, from the pool and warm on this machine, as root; JSON=FILE keeps the rows

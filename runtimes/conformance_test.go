@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net/http"
@@ -139,9 +140,17 @@ func (l language) code(t testing.TB) map[string]string {
 	return files
 }
 
-// each runs a test for every Runtime for which it is meant.
+// chosen are the Runtimes that are tested. Images of all take ten minutes to build from nothing, more than `make test` may; the two
+// by default are the loader in another language and the one in Go.
+var chosen = flag.String("runtimes", "python,native", "Runtimes to test, separated by commas: python, node, java, native; their images are built")
+
+// each runs a test for every chosen Runtime for which it is meant.
 func each(t *testing.T, meant func(language) bool, test func(t *testing.T, l language)) {
-	for name, l := range languages {
+	for name := range strings.SplitSeq(*chosen, ",") {
+		l, ok := languages[name]
+		if !ok {
+			t.Fatalf("-runtimes: there is no Runtime %q", name)
+		}
 		if meant == nil || meant(l) {
 			t.Run(name, func(t *testing.T) { test(t, l) })
 		}
