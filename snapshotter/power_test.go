@@ -10,7 +10,6 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sys/unix"
 
 	"github.com/hearth-serverless/hearth/snapshotter"
 )
@@ -73,11 +72,7 @@ func cutPower(t *testing.T, root string) string {
 		t.Fatal(err)
 	}
 	command(t, "mount", "-o", "loop", image, booted)
-	t.Cleanup(func() {
-		if err := unix.Unmount(booted, 0); err != nil {
-			t.Error(err)
-		}
-	})
+	t.Cleanup(func() { unmount(t, booted) })
 	return booted
 }
 

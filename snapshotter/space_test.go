@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -140,12 +141,24 @@ func disk(t *testing.T, kind string, megabytes int) string {
 		command(t, "mkfs.ext4", "-q", "-F", "-m", "0", image)
 		command(t, "mount", "-o", "loop", image, root)
 	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(root, 0); err != nil {
-			t.Error(err)
-		}
-	})
+	t.Cleanup(func() { unmount(t, root) })
 	return root
+}
+
+// unmount ends a mount of a test's own. The kernel lets go of files a moment after they were closed, the later the busier it is.
+func unmount(t *testing.T, path string) {
+	t.Helper()
+	err := unix.Unmount(path, 0)
+	for range 600 {
+		if !errors.Is(err, unix.EBUSY) {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+		err = unix.Unmount(path, 0)
+	}
+	if err != nil {
+		t.Errorf("unmount %s: %v", path, err)
+	}
 }
 
 func command(t *testing.T, args ...string) {
