@@ -223,6 +223,7 @@ func (i *inventory) containerProblems() (out []string) {
 			out = append(out, fmt.Sprintf("container %s is of no instance that is known: %v", id, labels))
 		case seen[instance]:
 			out = append(out, fmt.Sprintf("instance %s has a second container %s", instance, id))
+		case inst.GetState() == hearthv1.State_STATE_FROZEN: // nobody's now; the label names whose it was last
 		case inst.GetClaim().GetId() != labels[labelClaim]:
 			out = append(out, fmt.Sprintf("container %s has claim %q, its instance is %s with claim %q", id, labels[labelClaim], inst.GetState(), inst.GetClaim().GetId()))
 		}
