@@ -129,10 +129,13 @@ func (s *jobs) unpack(ctx context.Context, j *job, from offer, staged string, fo
 	defer cancel(nil)
 	src := from.open
 	if src == nil {
-		if src, err = s.cfg.Registry.Open(ctx, j.ref, from.layer); err != nil {
+		blob, err := s.cfg.Registry.Open(ctx, j.ref, from.layer)
+		if err != nil {
 			return fmt.Errorf("fetch layer %s: %w", from.layer.Digest, err)
 		}
+		src = &openBlob{blob, func(error) {}} // it ends with ctx
 	}
+	defer context.AfterFunc(ctx, func() { src.cancel(context.Cause(ctx)) })()
 	metered := &meteredReader{ReadCloser: &linkReader{src, s.siblings.measure.link(j.ref)}, sum: &j.fetched, space: s.space}
 	watched := newWatchedReader(metered, s.cfg.StallTimeout, func() { cancel(errStalled) })
 	defer watched.Close()

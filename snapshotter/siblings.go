@@ -125,7 +125,19 @@ type offer struct {
 	candidate
 	layer   registry.Layer
 	sibling bool
-	open    io.ReadCloser // if set, it is on its way already
+	open    *openBlob // if set, it is on its way already
+}
+
+// openBlob is a blob that was opened before its reader was there: its context is its own, for the reader to end.
+type openBlob struct {
+	io.ReadCloser
+	cancel context.CancelCauseFunc
+}
+
+// Close implements io.Closer.
+func (b *openBlob) Close() error {
+	defer b.cancel(nil)
+	return b.ReadCloser.Close()
 }
 
 // originalOf offers the layer as the image has it.
@@ -226,8 +238,11 @@ func (s *jobs) offer(ctx context.Context, j *job) (offer, error) {
 	if j.search.isDone() {
 		return s.siblings.best(j.ref, j.layer, j.search.found), nil
 	}
-	src, err := s.cfg.Registry.Open(ctx, j.ref, j.layer)
+	open, cancel := context.WithCancelCause(ctx)
+	blob, err := s.cfg.Registry.Open(open, j.ref, j.layer)
+	src := &openBlob{blob, cancel}
 	if err != nil {
+		cancel(nil)
 		return originalOf(j.layer), nil // which then says why
 	}
 	patience := time.NewTimer(siblingPatience)
