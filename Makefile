@@ -26,7 +26,7 @@ images: build tools ## make all sample images in .cache (`bin/bench images NAME`
 
 test: build tools ## every test, under the race detector; those of the node want root; TESTFLAGS='-run X' narrows it
 	bin/bench images runtime-python runtime-native >/dev/null
-	go test -race -timeout 20m $(TESTFLAGS) ./...
+	go test -race -timeout 20m $(TESTFLAGS) ./test/... ./...
 
 demo: build tools ## start a function cold, from the pool and warm on this machine, as root; JSON=FILE keeps the rows
 	bin/bench demo $(if $(JSON),--json $(JSON))

@@ -197,6 +197,9 @@ func (m *Manager) disowned(now time.Time, i *instance, said *hearthv1.Instance, 
 
 func (m *Manager) merge(now time.Time, i *instance, said *hearthv1.Instance) {
 	before, waits := i.state, m.waiter(i)
+	if said.GetFunction() != i.function {
+		m.touch(i) // a node that was restarted may not know whose it was: gateways have to hear that it is not there any more
+	}
 	i.state, i.degree, i.address = said.GetState(), said.GetDegree(), said.GetAddress()
 	i.claim, i.function, i.revision = said.GetClaim(), said.GetFunction(), said.GetRevision()
 	if i.memory = said.GetMemoryBytes(); !i.making || i.state >= hearthv1.State_STATE_WARM { // until then it is what we asked for
