@@ -123,7 +123,7 @@ func (o *deployOptions) add(f *pflag.FlagSet) {
 	f.DurationVar(&o.timeout, "timeout", 0, "longest time to the first byte of an answer (default 1m)")
 	f.StringArrayVar(&o.hosts, "host", nil, "further host name that leads to the function; may be repeated")
 	f.StringArrayVar(&o.command, "command", nil, "program to run instead of the image's entrypoint; repeat for its words")
-	f.StringVar(&o.memory, "memory", "", "limit of an instance, like 512Mi (default none)")
+	f.StringVar(&o.memory, "memory", "", "limit of an instance, like 512Mi (default: that of the node, 1Gi unless it was set up otherwise)")
 	f.StringVar(&o.cpu, "cpu", "", "limit of an instance in cores, like 0.5 (default none)")
 	f.BoolVar(&o.wait, "wait", true, "wait until what it runs is on the nodes")
 	o.out.add(f)
