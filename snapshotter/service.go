@@ -20,12 +20,7 @@ func Register(r grpc.ServiceRegistrar, s *Snapshotter) {
 // Serve serves containerd on a Unix socket until ctx is done, and then closes s. A Prepare under way is cut off: containerd asks
 // again, and it would hold up the end.
 func (s *Snapshotter) Serve(ctx context.Context, socket string) error {
-	l, err := daemon.ListenUnix(ctx, socket)
-	if err != nil {
-		return errors.Join(err, s.Close())
-	}
 	server := grpc.NewServer()
 	Register(server, s)
-	defer context.AfterFunc(ctx, server.Stop)()
-	return errors.Join(server.Serve(l), s.Close())
+	return errors.Join(daemon.ServeUnixWith(ctx, socket, server), s.Close())
 }

@@ -18,7 +18,7 @@ import (
 // (unix:PATH, mode 0600) and refuses all else.
 func listenAdmin(ctx context.Context, address string) (net.Listener, error) {
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
-		return ListenUnix(ctx, path)
+		return listenUnix(ctx, path)
 	}
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {

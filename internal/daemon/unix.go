@@ -28,7 +28,7 @@ const (
 //
 // A socket that an earlier process left is replaced; one that somebody listens on is an error that names it.
 func ServeUnix(ctx context.Context, path string, h http.Handler) error {
-	l, err := ListenUnix(ctx, path)
+	l, err := listenUnix(ctx, path)
 	if err != nil {
 		return err
 	}
@@ -87,8 +87,28 @@ func endStreams(stop context.Context, h http.Handler) http.Handler {
 	})
 }
 
-// ListenUnix listens as ServeUnix does, for servers that are not HTTP's.
-func ListenUnix(ctx context.Context, path string) (net.Listener, error) {
+// Server is what ServeUnixWith runs: Stop ends Serve, also one that has not begun.
+type Server interface {
+	Serve(l net.Listener) error
+	Stop()
+}
+
+// ServeUnixWith serves as ServeUnix does with a server of another kind, gRPC's for example, until ctx is done. What is under way
+// then is cut off.
+func ServeUnixWith(ctx context.Context, path string, server Server) error {
+	l, err := listenUnix(context.WithoutCancel(ctx), path) // who ends before it has begun has not failed
+	if err != nil {
+		return err
+	}
+	defer context.AfterFunc(ctx, server.Stop)()
+	if err := server.Serve(l); ctx.Err() == nil {
+		return fmt.Errorf("serve %s: %w", path, err)
+	}
+	return nil
+}
+
+// listenUnix listens as ServeUnix does.
+func listenUnix(ctx context.Context, path string) (net.Listener, error) {
 	if err := CheckSocketPath(path); err != nil {
 		return nil, err
 	}

@@ -99,3 +99,34 @@ func TestStreamsEndWithTheServer(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// cutOff is a server that may be stopped before it serves.
+type cutOff struct{ stopped chan struct{} }
+
+func (c cutOff) Stop() { close(c.stopped) }
+
+func (c cutOff) Serve(l net.Listener) error {
+	<-c.stopped
+	return errors.Join(errors.New("the server has been stopped"), l.Close())
+}
+
+func TestServeUnixWith(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := daemon.ServeUnixWith(ctx, path, cutOff{make(chan struct{})}); err != nil {
+		t.Errorf("ended before it began: %v", err)
+	}
+	broken := cutOff{make(chan struct{})}
+	broken.Stop()
+	if err := daemon.ServeUnixWith(t.Context(), path, unstoppable{broken}); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("it failed with %v", err)
+	}
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is left: %v", err)
+	}
+}
+
+type unstoppable struct{ cutOff }
+
+func (unstoppable) Stop() {}

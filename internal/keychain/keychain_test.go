@@ -101,7 +101,10 @@ func start(t *testing.T) (*fakeCRI, *keychain.Service, cri.ImageServiceClient) {
 	}
 	serve(t, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, server.Stop)()
-		return server.Serve(l)
+		if err := server.Serve(l); ctx.Err() == nil { // it may be stopped before it serves
+			return err
+		}
+		return nil
 	})
 	serve(t, func(ctx context.Context) error {
 		return s.Serve(ctx, filepath.Join(dir, "k"), func(_ context.Context, ref string) error {

@@ -49,14 +49,9 @@ func (s *Service) Serve(ctx context.Context, socket string, fetch func(ctx conte
 		<-ctx.Done()
 		return s.conn.Close()
 	}
-	l, err := daemon.ListenUnix(ctx, socket)
-	if err != nil {
-		return errors.Join(err, s.conn.Close())
-	}
 	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessageBytes), grpc.MaxSendMsgSize(maxMessageBytes))
 	cri.RegisterImageServiceServer(server, s)
-	defer context.AfterFunc(ctx, server.Stop)()
-	return errors.Join(server.Serve(l), s.conn.Close())
+	return errors.Join(daemon.ServeUnixWith(ctx, socket, server), s.conn.Close())
 }
 
 // forward hands the caller's metadata on. Its deadline and its cancelling go with the context.
