@@ -25,7 +25,8 @@ type deployOptions struct {
 	code                                          codeOptions
 	port, concurrency, least, most, queue, frozen int32
 	env, secrets, command, hosts                  []string
-	window, grace, timeout                        time.Duration
+	window, timeout                               time.Duration
+	grace                                         *durationpb.Duration // nil for the default: none at all is 0
 	memory, cpu                                   string
 	wait                                          bool
 	out                                           format
@@ -119,7 +120,11 @@ func (o *deployOptions) add(f *pflag.FlagSet) {
 	f.Int32Var(&o.queue, "queue", 0, "requests that may wait for an instance (default 1000)")
 	f.Int32Var(&o.frozen, "frozen", 0, "instances that are kept frozen when nobody needs them; negative for none (default 1)")
 	f.DurationVar(&o.window, "window", 0, "over which concurrency is averaged (default 1m)")
-	f.DurationVar(&o.grace, "grace", 0, "how long the last instance stays when nobody calls (default 30s)")
+	f.Func("grace", "`duration` that the last instance stays when nobody calls; 0s for none (default 30s)", func(text string) error {
+		d, err := time.ParseDuration(text)
+		o.grace = durationpb.New(d)
+		return err
+	})
 	f.DurationVar(&o.timeout, "timeout", 0, "longest time to the first byte of an answer (default 1m)")
 	f.StringArrayVar(&o.hosts, "host", nil, "further host name that leads to the function; may be repeated")
 	f.StringArrayVar(&o.command, "command", nil, "program to run instead of the image's entrypoint; repeat for its words")
@@ -150,7 +155,7 @@ func (o *deployOptions) spec(args []string) (*hearthv1.FunctionSpec, error) {
 		Image: o.image, Port: o.port, Env: env, Secrets: secrets, Command: o.command, Args: args, Hosts: o.hosts,
 		Timeout: duration(o.timeout), Resources: &hearthv1.Resources{MemoryBytes: memory, CpuMillis: cpu},
 		Scaling: &hearthv1.Scaling{
-			Concurrency: o.concurrency, Min: o.least, Max: o.most, Queue: o.queue, Window: duration(o.window), Grace: duration(o.grace),
+			Concurrency: o.concurrency, Min: o.least, Max: o.most, Queue: o.queue, Window: duration(o.window), Grace: o.grace,
 			Frozen: o.frozen,
 		},
 	}, nil
