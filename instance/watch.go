@@ -6,12 +6,16 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"time"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
+
+// newsDelay keeps word of a start off the cores until its answer is on its way, which says the same to who waits for it.
+const newsDelay = 3 * time.Millisecond
 
 // subscriberBuffer is how many changes a subscriber may be behind before its stream is ended.
 const subscriberBuffer = 1024
@@ -149,8 +153,19 @@ func (e *Engine) watch(ctx context.Context, send func(*hearthv1.WatchInstancesRe
 			if !ok {
 				return e.watchEnded(s)
 			}
-			if err := tell(c.instance, c.epoch); err != nil {
-				return err
+			if !sleep(ctx, newsDelay) {
+				return nil
+			}
+			for left := len(s.changes); ; left-- {
+				if err := tell(c.instance, c.epoch); err != nil {
+					return err
+				}
+				if left == 0 {
+					break
+				}
+				if c, ok = <-s.changes; !ok {
+					return e.watchEnded(s)
+				}
 			}
 		case <-ctx.Done():
 			return nil

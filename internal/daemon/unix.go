@@ -167,13 +167,39 @@ func removeStale(ctx context.Context, path string) error {
 // UnixClient returns an h2c client whose every request goes to the socket, whatever host the URL names; by convention
 // "http://hearth". It sets no overall time-out: callers' contexts do.
 func UnixClient(path string) *http.Client {
-	protocols := new(http.Protocols)
-	protocols.SetUnencryptedHTTP2(true)
-	return &http.Client{Transport: &http.Transport{
-		Protocols: protocols,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", path)
-		},
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
-	}}
+	transport := func(version func(*http.Protocols, bool)) *http.Transport {
+		protocols := new(http.Protocols)
+		version(protocols, true)
+		return &http.Transport{
+			Protocols: protocols,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", path)
+			},
+			HTTP2:               &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
+			MaxIdleConnsPerHost: maxIdleCalls,
+		}
+	}
+	return &http.Client{Transport: byKind{calls: transport((*http.Protocols).SetHTTP1), rest: transport((*http.Protocols).SetUnencryptedHTTP2)}}
+}
+
+// maxIdleCalls is how many connections are kept for calls to come; more are made when they are needed.
+const maxIdleCalls = 64
+
+// byKind sends unary RPCs over connections of HTTP/1.1, one call at a time each: a request passes through half as many goroutines
+// there, on both sides, and a start is a chain of such calls. Streams, which may be silent for long, are HTTP/2's: it asks whether the
+// peer still lives.
+type byKind struct{ calls, rest *http.Transport }
+
+// RoundTrip implements http.RoundTripper.
+func (t byKind) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Header.Get("Content-Type") == "application/proto" { // as connect has it for unary calls
+		return t.calls.RoundTrip(r)
+	}
+	return t.rest.RoundTrip(r)
+}
+
+// CloseIdleConnections is what http.Client calls.
+func (t byKind) CloseIdleConnections() {
+	t.calls.CloseIdleConnections()
+	t.rest.CloseIdleConnections()
 }
