@@ -32,7 +32,7 @@ func (c handoffCase) String() string { return fmt.Sprintf("%s/%s/%d", c.runtime,
 // started again.
 func (c handoffCase) functions() int {
 	if c.n == 1 && c.degree == fromRevision {
-		return 8
+		return 4
 	}
 	return c.n
 }
