@@ -143,15 +143,20 @@ func (b *blob) run(ctx context.Context) {
 
 // shape is how large the span at off should be, and how many bytes ahead of the
 // reader may be fetched. Both follow the host's pacer and the blob's share of
-// memory. Towards the end spans get smaller, so that they end together.
+// memory. Towards the end spans get smaller, so that they end together. From a
+// far registry all that memory allows is fetched ahead: a link that idles while
+// the reader is busy does not make up for it later, and the reader may.
 func (b *blob) shape(off int64) (size, ahead int64) {
 	c := b.repo.client
 	least := c.minRange()
 	size, share, parallel := least, c.budget.share(), int64(1)
 	if at := b.current(); at != nil {
-		rangeBytes, worth, limit := at.shape()
+		rangeBytes, worth, limit, far := at.shape()
 		parallel = max(int64(limit)/max(c.budget.open.Load(), 1), 1)
 		size = max(min(rangeBytes, share/(parallel+parallel/2), max((b.end-off)/parallel, worth)), least)
+		if far {
+			return min(size, b.end-off), max(share, minAhead*size)
+		}
 	}
 	wide := min(parallel+parallel/2+1, b.wide.Load())
 	return min(size, b.end-off), max(min(size*wide, share), minAhead*size)

@@ -209,3 +209,32 @@ func TestCloseWithoutRead(t *testing.T) {
 		}
 	})
 }
+
+// From a far registry all that memory has room for is fetched, from a near one what a reader may soon want.
+func TestFarIsFetchedAhead(t *testing.T) {
+	const memory = 64 * 4096
+	ahead := func(first time.Duration) (used float64) {
+		synctest.Test(t, func(t *testing.T) {
+			o := newOrigin()
+			o.hook = func(http.ResponseWriter, *http.Request, int) bool {
+				time.Sleep(first)
+				return false
+			}
+			l, _ := o.addBlob(4 * memory)
+			n := newFakeNet()
+			defer n.serve(home, o)()
+			reg := prometheus.NewRegistry()
+			c := newClient(t, n, registry.Config{MaxRangeBytes: 4096, MemoryBytes: memory, Registerer: reg})
+			defer c.Close()
+			r, err := c.Open(t.Context(), repo, l)
+			mustIs(t, err, nil)
+			time.Sleep(time.Minute)
+			used = gauge(t, reg, "hearth_registry_buffer_bytes")
+			mustIs(t, r.Close(), nil)
+		})
+		return used
+	}
+	if near, far := ahead(time.Millisecond), ahead(20*time.Millisecond); far < memory*9/10 || near > memory/2 {
+		t.Errorf("of %d bytes, %v are used for a near registry and %v for a far one", memory, near, far)
+	}
+}

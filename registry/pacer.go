@@ -208,10 +208,10 @@ func (p *pacer) sample(bytes int64, first, all time.Duration) {
 }
 
 // shape is how large a range should be now, how small at the least, and how many there may be at once.
-func (p *pacer) shape() (rangeBytes, worth int64, parallel int) {
+func (p *pacer) shape() (rangeBytes, worth int64, parallel int, far bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.tune.rangeBytes(), p.tune.worth(), p.tune.limit
+	return p.tune.rangeBytes(), p.tune.worth(), p.tune.limit, p.tune.far()
 }
 
 // overdue is the time in which a range of so many bytes should have come by far; 0 if that is not known yet.

@@ -188,6 +188,9 @@ func (t *tuner) rangeBytes() int64 {
 	return min(max(blocks*maxBlockBytes, t.minRange), t.maxRange)
 }
 
+// far tells whether the registry is not near, by all that is known.
+func (t *tuner) far() bool { return t.samples > 0 && t.first >= farAway.Seconds() }
+
 // worth is the least that a request of its own is worth, where more requests would end sooner: it takes a few times longer than
 // the wait for its first byte.
 func (t *tuner) worth() int64 {
