@@ -170,7 +170,7 @@ func (l Loader) Load(ctx context.Context, q LoadQuestion) ([]LoadPhase, bool, er
 
 // Thawed tells of a thaw.
 func (l Loader) Thawed(ctx context.Context, frozenFor time.Duration) error {
-	return l.thawed(ctx, frozenFor)
+	return l.thawed(ctx, frozenFor)()
 }
 
 // Close lets go.
@@ -188,7 +188,7 @@ func (e *Engine) Thawed(ctx context.Context, id string, frozenFor time.Duration)
 	if r == nil {
 		return nil
 	}
-	return r.Thawed(ctx, frozenFor)
+	return r.Thawed(ctx, frozenFor)()
 }
 
 // NewView mounts a code package's tree where nobody sees it.

@@ -212,23 +212,26 @@ func (e *Engine) thaw(ctx context.Context, i *instance, a *activation) error {
 	if err := e.serve(ctx, i, a.revision); err != nil {
 		return err
 	}
+	i.mu.Lock()
+	told, frozenFor := i.resumer(), time.Since(i.frozen.since)
+	i.frozen.thaws++
+	i.mu.Unlock()
+	resumed := func() error { return nil }
+	if told != nil {
+		resumed = told.Thawed(ctx, frozenFor)
+	}
 	if err := e.cgroups.thaw(i.id); err != nil {
 		return err
 	}
 	a.trace.since(phaseThaw, begin)
 	e.metrics.thawSeconds.Observe(time.Since(begin).Seconds())
-	i.mu.Lock()
-	told, frozenFor := i.resumer(), time.Since(i.frozen.since)
-	i.frozen.thaws++
-	i.mu.Unlock()
-	if told == nil {
-		return nil
-	}
 	begin = time.Now()
-	if err := told.Thawed(ctx, frozenFor); err != nil {
+	if err := resumed(); err != nil {
 		return fmt.Errorf("resume after the thaw: %w", err)
 	}
-	a.trace.since(phaseResume, begin)
+	if told != nil {
+		a.trace.since(phaseResume, begin)
+	}
 	return nil
 }
 

@@ -239,14 +239,23 @@ func (l *loader) await(ctx context.Context, answer <-chan word) (word, error) {
 
 // ask asks and waits for the answer.
 func (l *loader) ask(ctx context.Context, what string, question any) (word, error) {
+	answer, err := l.put(ctx, what, question)
+	if err != nil {
+		return word{}, err
+	}
+	return l.await(ctx, answer)
+}
+
+// put asks, and says where the answer will be.
+func (l *loader) put(ctx context.Context, what string, question any) (<-chan word, error) {
 	var line bytes.Buffer
 	enc := json.NewEncoder(&line)
 	enc.SetEscapeHTML(false)
 	if err := enc.Encode(map[string]any{what: question}); err != nil {
-		return word{}, fmt.Errorf("encode %s: %w", what, err)
+		return nil, fmt.Errorf("encode %s: %w", what, err)
 	}
 	if line.Len() > maxLoaderLine {
-		return word{}, fmt.Errorf("what the loader is to be told takes %d bytes, over %d: is the environment that large?", line.Len(), maxLoaderLine)
+		return nil, fmt.Errorf("what the loader is to be told takes %d bytes, over %d: is the environment that large?", line.Len(), maxLoaderLine)
 	}
 	answer := make(chan word, 1)
 	l.mu.Lock()
@@ -256,11 +265,11 @@ func (l *loader) ask(ctx context.Context, what string, question any) (word, erro
 	}
 	l.mu.Unlock()
 	if busy {
-		return word{}, errors.New("the loader has not answered the last question")
+		return nil, errors.New("the loader has not answered the last question")
 	}
 	defer context.AfterFunc(ctx, func() { _ = l.conn.SetWriteDeadline(time.Unix(1, 0)) })() // a write that waits ends
 	_, _ = l.conn.Write(line.Bytes())                                                       // if it fails, the reader tells why, or that there was an answer already
-	return l.await(ctx, answer)
+	return answer, nil
 }
 
 // greet waits for the loader's first word.
@@ -317,13 +326,20 @@ type loadError struct{ text string }
 
 func (e *loadError) Error() string { return e.text }
 
-// thawed tells a loader that it was frozen for a while.
-func (l *loader) thawed(ctx context.Context, frozenFor time.Duration) error {
-	w, err := l.ask(ctx, "thawed", thawedQuestion{Seed: seed(), Frozen: frozenFor.Seconds()})
-	if err == nil && w.Resumed == nil {
-		err = errors.New("the loader's answer to thawed is none")
+// thawed tells a loader that it was frozen for a while; answered waits until it has done what follows from that. A frozen loader
+// finds the question as soon as it is thawed.
+func (l *loader) thawed(ctx context.Context, frozenFor time.Duration) (answered func() error) {
+	answer, err := l.put(ctx, "thawed", thawedQuestion{Seed: seed(), Frozen: frozenFor.Seconds()})
+	return func() error {
+		if err != nil {
+			return err
+		}
+		w, err := l.await(ctx, answer)
+		if err == nil && w.Resumed == nil {
+			err = errors.New("the loader's answer to thawed is none")
+		}
+		return err
 	}
-	return err
 }
 
 // seed is fresh randomness for the generators that a language keeps in memory.

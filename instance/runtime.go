@@ -35,9 +35,10 @@ type booted struct {
 	gone bool       // the Function's process has taken the loader's place
 }
 
-// resumer is told when an Instance was frozen for a while, before a request comes.
+// resumer is told when an Instance was frozen for a while, before a request comes; best before it is thawed. An error of answered
+// means that the Instance must not serve any more.
 type resumer interface {
-	Thawed(ctx context.Context, frozenFor time.Duration) error
+	Thawed(ctx context.Context, frozenFor time.Duration) (answered func() error)
 }
 
 // resumer returns who is to be told of a thaw, or nil; mu must be held.
@@ -48,30 +49,45 @@ func (i *instance) resumer() resumer {
 	return i.booted
 }
 
-// Thawed implements resumer. An error means that the Instance must not serve any more.
-func (b *booted) Thawed(ctx context.Context, frozenFor time.Duration) error {
+// Thawed implements resumer.
+func (b *booted) Thawed(ctx context.Context, frozenFor time.Duration) (answered func() error) {
 	ctx, cancel := context.WithTimeout(ctx, greetTime)
-	defer cancel()
 	b.mu.Lock()
 	conn, gone := b.conn, b.gone
 	b.mu.Unlock()
-	if gone {
-		return nil
+	var resumed func() error
+	if conn != nil && !gone {
+		resumed = conn.thawed(ctx, frozenFor)
 	}
-	if conn == nil {
-		var g *greeting
+	return func() error {
+		defer cancel()
+		if gone {
+			return nil
+		}
 		var err error
-		if conn, g, err = b.connect(ctx); err != nil {
+		if resumed == nil { // after a restart of ours: only now can it answer
+			resumed, err = b.resumeAnew(ctx, frozenFor)
+		}
+		if err == nil {
+			err = resumed()
+		}
+		if err != nil {
 			return fmt.Errorf("thaw runtime %s: %w", b.name, err)
 		}
-		if !g.Loaded {
-			return fmt.Errorf("thaw runtime %s: its loader says that nothing is loaded", b.name)
-		}
+		return nil
 	}
-	if err := conn.thawed(ctx, frozenFor); err != nil {
-		return fmt.Errorf("thaw runtime %s: %w", b.name, err)
+}
+
+// resumeAnew tells a loader of a thaw that it has to be connected to first.
+func (b *booted) resumeAnew(ctx context.Context, frozenFor time.Duration) (answered func() error, err error) {
+	conn, g, err := b.connect(ctx)
+	if err != nil {
+		return nil, err
 	}
-	return nil
+	if !g.Loaded {
+		return nil, errors.New("its loader says that nothing is loaded")
+	}
+	return conn.thawed(ctx, frozenFor), nil
 }
 
 // connect connects to the loader and waits for its greeting. The connection is b's.
