@@ -20,12 +20,11 @@ import (
 func (n *instanceNode) withSidecars() {
 	n.t.Helper()
 	n.stop()
-	n.sidecar = filepath.Join(n.t.TempDir(), "sidecar")
-	build := exec.Command("go", "build", "-trimpath", "-o", n.sidecar, "../../cmd/sidecar")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		n.t.Fatalf("%v: %s", err, out)
-	}
+	n.sidecar = install(n.t, "sidecar", program(n.t, "cmd/sidecar", func(out string) *exec.Cmd {
+		build := exec.Command("go", "build", "-trimpath", "-o", out, "../../cmd/sidecar")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		return build
+	}))
 	n.startEngine()
 }
 
