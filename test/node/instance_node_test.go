@@ -150,11 +150,8 @@ func newInstanceNode(t *testing.T) *instanceNode {
 		}
 		unmountBelow(t, root)
 	})
-	launcher, err := os.ReadFile("../../runtimes/launcher/main.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.launcher = install(t, "launcher", compiled(t, string(launcher)))
+	n.launcher = filepath.Join(t.TempDir(), "launcher")
+	compile(t, n.launcher, "../../runtimes/launcher/main.go")
 	n.image = n.registry.push(t, "functions/hello:1", programImage(t, "function", functionSource))
 	pause := n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
 	n.containerdNode = startContainerd(t, containerdOptions{Snapshotter: n.snapshots, HostsDir: hosts, Config: fmt.Sprintf(`

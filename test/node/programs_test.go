@@ -14,21 +14,24 @@ import (
 // made is what several tests want: to link a program, or to compress it under the race detector, takes seconds.
 var made = struct {
 	mu       sync.Mutex
-	programs map[string][]byte   // by source
+	programs map[string][]byte   // by what they are made of
 	images   map[string]v1.Image // by name and source
 }{programs: map[string][]byte{}, images: map[string]v1.Image{}}
 
 // programImage compiles a Go program into an image with nothing else in it.
 func programImage(t *testing.T, name, source string) v1.Image {
 	t.Helper()
-	program := compiled(t, source)
 	made.mu.Lock()
 	defer made.mu.Unlock()
 	key := name + "\n" + source
 	if img := made.images[key]; img != nil {
 		return img
 	}
-	file := fileEntry(name, string(program))
+	main := filepath.Join(t.TempDir(), "main.go")
+	if err := os.WriteFile(main, []byte(source), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file := fileEntry(name, string(single(t, main)))
 	file.Mode = 0o755
 	img, err := mutate.Config(imageOf(t, gzipped, tarball(t, file)), v1.Config{Entrypoint: []string{"/" + name}})
 	if err != nil {
@@ -38,45 +41,47 @@ func programImage(t *testing.T, name, source string) v1.Image {
 	return img
 }
 
-// compiled is a static program of one file, which uses the standard library alone.
-func compiled(t *testing.T, source string) []byte {
+// compile makes a static program of one file, which uses the standard library alone.
+func compile(t *testing.T, program, source string) {
 	t.Helper()
-	return program(t, source, func(out string) *exec.Cmd {
-		file := filepath.Join(filepath.Dir(out), "main.go")
-		if err := os.WriteFile(file, []byte(source), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", out, file)
-		build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false", "GO111MODULE=off")
-		return build
-	})
+	install(t, program, source, func() []byte { return single(t, source) })
 }
 
-// program is what a command builds, which is run once for each key.
-func program(t *testing.T, key string, command func(out string) *exec.Cmd) []byte {
+// buildCommand makes one of our own commands.
+func buildCommand(t *testing.T, name, program string) {
+	t.Helper()
+	install(t, program, "cmd/"+name, func() []byte { return goBuild(t, os.Environ(), "-trimpath", "../../cmd/"+name) })
+}
+
+// install writes a program that is built once for each key.
+func install(t *testing.T, path, key string, build func() []byte) {
 	t.Helper()
 	made.mu.Lock()
 	defer made.mu.Unlock()
 	if made.programs[key] == nil {
-		file := filepath.Join(t.TempDir(), "program")
-		if out, err := command(file).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		made.programs[key] = text
+		made.programs[key] = build()
 	}
-	return made.programs[key]
-}
-
-// install writes a program to a file of the test's own.
-func install(t *testing.T, name string, program []byte) (path string) {
-	t.Helper()
-	path = filepath.Join(t.TempDir(), name)
-	if err := os.WriteFile(path, program, 0o755); err != nil {
+	if err := os.WriteFile(path, made.programs[key], 0o755); err != nil {
 		t.Fatal(err)
 	}
-	return path
+}
+
+func single(t *testing.T, source string) []byte {
+	t.Helper()
+	return goBuild(t, append(os.Environ(), "GOFLAGS=-buildvcs=false", "GO111MODULE=off"), "-ldflags", "-s -w", source)
+}
+
+func goBuild(t *testing.T, env []string, args ...string) []byte {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "program")
+	build := exec.Command("go", append([]string{"build", "-o", program}, args...)...)
+	build.Env = append(env, "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	text, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
 }

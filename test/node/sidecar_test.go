@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -20,11 +19,8 @@ import (
 func (n *instanceNode) withSidecars() {
 	n.t.Helper()
 	n.stop()
-	n.sidecar = install(n.t, "sidecar", program(n.t, "cmd/sidecar", func(out string) *exec.Cmd {
-		build := exec.Command("go", "build", "-trimpath", "-o", out, "../../cmd/sidecar")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		return build
-	}))
+	n.sidecar = filepath.Join(n.t.TempDir(), "sidecar")
+	buildCommand(n.t, "sidecar", n.sidecar)
 	n.startEngine()
 }
 
