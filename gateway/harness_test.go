@@ -155,7 +155,7 @@ func (p *fakePool) awaitReport(t testing.TB, pleases func(*hearthv1.ReportReques
 	t.Helper()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	limit := time.After(20 * time.Second)
+	limit := time.After(patience)
 	for seen := 0; ; {
 		for ; seen < len(p.reports); seen++ {
 			if pleases(p.reports[seen]) {
@@ -267,10 +267,13 @@ func (w *world) awaitQueue(name string, n int) {
 	eventually(w.t, fmt.Sprintf("%d requests wait for %s", n, name), func() bool { return w.gw.Queued(name) == n })
 }
 
+// patience is for what another goroutine brings about, on whatever machine; a test that needs all of it has failed.
+const patience = 2 * time.Minute
+
 // eventually polls for what nothing can be waited on for.
 func eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	for limit := time.Now().Add(20 * time.Second); time.Now().Before(limit); time.Sleep(time.Millisecond) {
+	for limit := time.Now().Add(patience); time.Now().Before(limit); time.Sleep(time.Millisecond) {
 		if holds() {
 			return
 		}
@@ -278,8 +281,9 @@ func eventually(t testing.TB, what string, holds func() bool) {
 	t.Fatalf("in vain: %s", what)
 }
 
-// instance starts a server and names it as an Instance that serves. Its close makes connections be refused.
-func (w *world) instance(h http.Handler) (*hearthv1.Instance, *http.Server) {
+// instance starts a server and names it as an Instance that serves. Once kill has returned its connections are broken off, and new ones
+// are refused: also if the server had not begun to serve, so that closing it alone would leave its listener open for a while.
+func (w *world) instance(h http.Handler) (in *hearthv1.Instance, kill func()) {
 	w.t.Helper()
 	l := w.net.listen()
 	protocols := new(http.Protocols)
@@ -288,12 +292,15 @@ func (w *world) instance(h http.Handler) (*hearthv1.Instance, *http.Server) {
 	s := &http.Server{Handler: h, Protocols: protocols}
 	ended := make(chan struct{})
 	go func() { _ = s.Serve(l); close(ended) }()
-	w.t.Cleanup(func() {
-		_ = w.stop()
+	kill = func() {
 		_ = s.Close()
 		<-ended
+	}
+	w.t.Cleanup(func() {
+		_ = w.stop()
+		kill()
 	})
-	return &hearthv1.Instance{Id: fmt.Sprintf("i-%d", w.ids.Add(1)), Address: l.Addr().String(), State: hearthv1.State_STATE_SERVING}, s
+	return &hearthv1.Instance{Id: fmt.Sprintf("i-%d", w.ids.Add(1)), Address: l.Addr().String(), State: hearthv1.State_STATE_SERVING}, kill
 }
 
 // answer is a response read to its end.

@@ -39,9 +39,9 @@ func replies(w *world) {
 
 func TestRefusedInstanceIsReleased(t *testing.T) {
 	timed(t, nil, func(t *testing.T, w *world) {
-		dead, server := w.instance(mirror{"dead"})
+		dead, kill := w.instance(mirror{"dead"})
 		well, _ := w.instance(mirror{"well"})
-		_ = server.Close()
+		kill()
 		w.deploy("f", nil, 0, dead, well)
 		for range 4 {
 			if r := mirrored(t, w.do(w.request("POST", "/fn/f", strings.NewReader("body")))); r.Instance != "well" {

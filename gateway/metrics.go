@@ -3,7 +3,7 @@ package gateway
 import (
 	"errors"
 	"strconv"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -60,7 +60,9 @@ type functionMetrics struct {
 	duration prometheus.Observer
 	queue    prometheus.Observer
 	inFlight prometheus.Gauge
-	ended    atomic.Bool // the Function is deleted: make no series anew
+
+	mu    sync.RWMutex // guards ended, and holds it as it is while a series is looked up
+	ended bool         // the Function is deleted: make no series anew
 }
 
 func (m *metrics) function(name string) *functionMetrics {
@@ -72,7 +74,9 @@ func (m *metrics) function(name string) *functionMetrics {
 
 func (f *functionMetrics) request(code int, took time.Duration) {
 	f.duration.Observe(took.Seconds())
-	if !f.ended.Load() {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if !f.ended {
 		f.of.requests.WithLabelValues(f.name, strconv.Itoa(code)).Inc()
 	}
 }
@@ -82,13 +86,17 @@ func (f *functionMetrics) activation(took time.Duration, err error) {
 	if err != nil {
 		outcome = connect.CodeOf(err).String()
 	}
-	if !f.ended.Load() {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if !f.ended {
 		f.of.activations.WithLabelValues(f.name, outcome).Observe(took.Seconds())
 	}
 }
 
 func (f *functionMetrics) end() {
-	f.ended.Store(true)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ended = true
 	labels := prometheus.Labels{"function": f.name}
 	f.of.requests.DeletePartialMatch(labels)
 	f.of.duration.DeletePartialMatch(labels)

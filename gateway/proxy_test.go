@@ -248,13 +248,13 @@ func TestInstanceBreaks(t *testing.T) {
 // Refused connections take an endpoint out at once; nothing was sent, so the request goes elsewhere, body and all.
 func TestRefusedEndpointIsReplaced(t *testing.T) {
 	w := newWorld(t, loopback{t}, nil)
-	dead, server := w.instance(mirror{"dead"})
-	_ = server.Close()
+	dead, kill := w.instance(mirror{"dead"})
 	fresh, _ := w.instance(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
 	w.pool.allocate = func(context.Context, *hearthv1.AllocateRequest) (*hearthv1.AllocateResponse, error) {
 		return allocated(fresh), nil
 	}
 	w.deploy("f", &hearthv1.Scaling{Concurrency: 1, Max: 1}, 0, dead)
+	kill() // after the other has its port, or that might be the same
 	for range 3 {
 		if a := w.do(w.request("POST", "/fn/f", io.MultiReader(strings.NewReader("body")))); a.status != 200 || a.body != "body" {
 			t.Fatalf("%d %q", a.status, a.body)
@@ -285,7 +285,7 @@ func TestBrokenRequests(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = conn.SetDeadline(time.Now().Add(patience))
 		go func() { _, _ = io.WriteString(conn, raw) }()
 		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil || res.StatusCode < 400 || res.StatusCode == 502 {

@@ -171,7 +171,7 @@ func TestDrainsLoseNothing(t *testing.T) {
 	timed(t, nil, func(t *testing.T, w *world) {
 		const clients, concurrency, rounds = 50, 4, 20
 		var served, surplus atomic.Int64
-		fresh := func() (*hearthv1.Instance, *http.Server) {
+		fresh := func() (*hearthv1.Instance, func()) {
 			var here atomic.Int64
 			return w.instance(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
 				if here.Add(1) > concurrency {
@@ -183,11 +183,11 @@ func TestDrainsLoseNothing(t *testing.T) {
 				served.Add(1)
 			}))
 		}
-		servers := map[string]*http.Server{}
+		kills := map[string]func(){}
 		var instances []*hearthv1.Instance
 		for range 8 {
-			in, s := fresh()
-			servers[in.GetId()] = s
+			in, kill := fresh()
+			kills[in.GetId()] = kill
 			instances = append(instances, in)
 		}
 		w.deploy("f", &hearthv1.Scaling{Concurrency: concurrency, Max: 8}, 0, instances...)
@@ -215,9 +215,9 @@ func TestDrainsLoseNothing(t *testing.T) {
 			w.pool.awaitReport(t, func(r *hearthv1.ReportRequest) bool {
 				return r.GetVersion() >= version && loadOf(r, "f").GetInFlight()[in.GetId()] == 0
 			})
-			_ = servers[in.GetId()].Close() // as hard as can be
-			next, s := fresh()
-			servers[next.GetId()] = s
+			kills[in.GetId()]() // as hard as can be
+			next, kill := fresh()
+			kills[next.GetId()] = kill
 			instances[i] = next
 			w.pool.set("f", func(e *hearthv1.Endpoints) { e.Instances = instances })
 		}
@@ -233,14 +233,14 @@ func TestDrainsLoseNothing(t *testing.T) {
 func TestInstancesDieInMidTraffic(t *testing.T) {
 	timed(t, nil, func(t *testing.T, w *world) {
 		var mu sync.Mutex
-		var living []*http.Server
+		var living []func() // ends one
 		fresh := func() *hearthv1.Instance {
-			in, s := w.instance(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+			in, kill := w.instance(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
 				time.Sleep(100 * time.Millisecond)
 				_, _ = rw.Write([]byte("ok"))
 			}))
 			mu.Lock()
-			living = append(living, s)
+			living = append(living, kill)
 			mu.Unlock()
 			return in
 		}
@@ -270,9 +270,10 @@ func TestInstancesDieInMidTraffic(t *testing.T) {
 		for range deaths {
 			time.Sleep(time.Second)
 			mu.Lock()
-			_ = living[0].Close()
+			kill := living[0]
 			living = living[1:]
 			mu.Unlock()
+			kill()
 		}
 		stop()
 		load.Wait()
@@ -319,7 +320,7 @@ func TestEndIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, newPipes(), nil)
 		w.cutOff = true
-		in, s := w.instance(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
+		in, kill := w.instance(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
 		w.deploy("f", nil, time.Hour, in)
 		done := make(chan answer)
 		go func() { done <- w.get("/fn/f") }()
@@ -330,6 +331,6 @@ func TestEndIsBounded(t *testing.T) {
 			t.Errorf("%v after %s", err, took)
 		}
 		<-done
-		_ = s.Close()
+		kill()
 	})
 }

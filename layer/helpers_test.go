@@ -102,7 +102,14 @@ func compress(t testing.TB, format layer.Format, data []byte) []byte {
 	var buf bytes.Buffer
 	switch format {
 	case layer.Gzip:
-		w := gzip.NewWriter(&buf)
+		level := gzip.DefaultCompression
+		if len(data) > 100<<20 { // which under the race detector takes a while
+			level = gzip.BestSpeed
+		}
+		w, err := gzip.NewWriterLevel(&buf, level)
+		if err != nil {
+			t.Fatal(err)
+		}
 		must(t, w.Close, w, data)
 	case layer.Zstd:
 		w, err := zstd.NewWriter(&buf)

@@ -168,7 +168,7 @@ func TestImageSparseFile(t *testing.T) {
 // A file that hard links add attributes to, until they do not fit beside its content any more, cannot be an image.
 func TestNoImage(t *testing.T) {
 	tooMany := func() (ents []ent) {
-		for i := range 60000 {
+		for i := range 15000 {
 			ents = append(ents, file(fmt.Sprintf("a-longer-name-%d-%s", i, strings.Repeat("x", 100)), ""))
 		}
 		return ents

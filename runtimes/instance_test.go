@@ -177,7 +177,9 @@ func boot(t testing.TB, name string, env ...string) *instance {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	i := &instance{code: t.TempDir(), control: filepath.Join(dir, "control"), out: newTranscript(), err: newTranscript(), ended: make(chan struct{}), network: newNamespace(t)}
-	i.client = &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: i.network.dial, MaxIdleConnsPerHost: 100}}
+	i.client = &http.Client{Timeout: patience, Transport: &http.Transport{
+		DialContext: i.network.dial, MaxIdleConnsPerHost: 100, ExpectContinueTimeout: patience,
+	}}
 	if err := os.Chmod(i.code, 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -86,20 +86,16 @@ func (s *Sidecar) awaitFunction(ctx context.Context) {
 // begin begins the session of a connection, and returns what ends it.
 func (s *Sidecar) begin(ctx context.Context, conn net.Conn, work *sync.WaitGroup) (end func()) {
 	ctx, end = context.WithCancel(ctx)
-	work.Go(func() {
-		defer end()
-		s.serveSession(ctx, conn)
-	})
-	return end
-}
-
-func (s *Sidecar) serveSession(ctx context.Context, conn net.Conn) {
 	session := control.NewSession(conn)
 	s.mu.Lock()
-	s.session = session // before its status is taken, so that nothing is missed
+	s.session = session // in the order of connections, and before its status is taken, so that nothing is missed
 	status := s.status()
 	s.mu.Unlock()
-	session.Run(ctx, status, s)
+	work.Go(func() {
+		defer end()
+		session.Run(ctx, status, s)
+	})
+	return end
 }
 
 // status is how it stands; mu must be held.

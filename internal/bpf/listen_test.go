@@ -17,6 +17,9 @@ import (
 	"github.com/hearth-serverless/hearth/internal/bpf"
 )
 
+// patience is for what the kernel and another goroutine bring about; a test that needs all of it has failed.
+const patience = 2 * time.Minute
+
 // start runs a watcher for the length of the test. As root on a supported kernel it must work: then only a missing right skips.
 func start(t *testing.T) *bpf.ListenWatcher {
 	t.Helper()
@@ -98,8 +101,8 @@ func TestListenIsTold(t *testing.T) {
 					if got.String() != want {
 						t.Errorf("told of %s, want %s", got, want)
 					}
-				case <-time.After(5 * time.Second):
-					t.Error("not told within 5 s")
+				case <-time.After(patience):
+					t.Error("not told")
 				}
 			})
 		})
@@ -118,8 +121,8 @@ func TestOnlyWhatIsExpectedIsTold(t *testing.T) {
 		listenOn(t, netip.MustParseAddrPort("0.0.0.0:8080"))
 		select {
 		case <-right:
-		case <-time.After(5 * time.Second):
-			t.Error("not told within 5 s")
+		case <-time.After(patience):
+			t.Error("not told")
 		}
 		// Records come in order, so that whatever was wrongly told is there by now.
 		if len(otherPort) != 0 || len(otherNamespace) != 0 {

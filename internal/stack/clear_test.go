@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"golang.org/x/sys/unix"
 
@@ -142,6 +143,34 @@ func TestOneSupervisorAtATime(t *testing.T) {
 	other.Name = ""
 	if err := stack.Run(t.Context(), c, nil); err == nil || !strings.Contains(err.Error(), "make tools") {
 		t.Errorf("without tools: %v", err)
+	}
+}
+
+// A supervisor that ends lets go of one lock after the other: who comes between them waits for the rest.
+func TestDownWaitsForTheLastLock(t *testing.T) {
+	c := place(t)
+	full, err := c.WithDefaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(c.Run, "left"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		release, err := full.LockRootForTest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- stack.Down(t.Context(), c) }()
+		synctest.Wait()
+		release()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	if left := leftovers(t, c); left != "" {
+		t.Errorf("left after down:\n%s", left)
 	}
 }
 

@@ -3,12 +3,15 @@ package stack_test
 import (
 	"errors"
 	"flag"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/hearth-serverless/hearth/deploy"
 	"github.com/hearth-serverless/hearth/internal/stack"
@@ -110,6 +113,42 @@ func TestPreflightSaysTheNextStep(t *testing.T) {
 	for _, want := range []string{"containerd, containerd-shim-runc-v2, ctr, runc, cni/ptp", "make tools", "nodeagent, launcher, poolmanager, gateway", "make build", "--pause-image"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("does not say %q: %v", want, err)
+		}
+	}
+}
+
+// A port that was chosen is kept free for who was told of it, and serves him as often as he starts.
+func TestPortsAreKept(t *testing.T) {
+	for _, host := range []string{"127.0.0.1", "[::1]"} {
+		if l, err := net.Listen("tcp", host+":0"); err != nil {
+			t.Logf("there is no %s: %v", host, err)
+			continue
+		} else if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		c, release, err := stack.Config{GatewayAddress: host + ":0", RegistryAddress: "127.0.0.1:5000"}.TakePorts()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer release()
+		if c.RegistryAddress != "127.0.0.1:5000" || !strings.HasPrefix(c.GatewayAddress, host+":") {
+			t.Errorf("took %s and %s", c.GatewayAddress, c.RegistryAddress)
+		}
+		if _, err := net.Dial("tcp", c.GatewayAddress); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("before anyone listens: %v", err)
+		}
+		for range 2 {
+			l, err := net.Listen("tcp", c.GatewayAddress)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn, err := net.Dial("tcp", c.GatewayAddress)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(conn.Close(), l.Close()); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 }

@@ -38,7 +38,7 @@ func Down(ctx context.Context, c Config) error {
 			return err
 		}
 	}
-	held, err := c.lock(ctx)
+	held, err := c.lock(ctx, probeTime) // a supervisor that ends has let go of the first one when it still has the others
 	if err != nil {
 		return err
 	}

@@ -43,11 +43,26 @@ func (c Config) ChildEnv(environ []string) []string { return c.childEnv(environ)
 func (c Config) RememberSubnet() (path string)      { return c.paths().subnetFile() }
 func LastSubnet(root string) netip.Prefix           { return paths{root: root}.lastSubnet() }
 func (c Config) LockForTest() (release func(), err error) {
-	l, err := c.lock(context.Background())
+	l, err := c.lock(context.Background(), 0)
 	if err != nil {
 		return nil, err
 	}
 	return l.release, nil
+}
+
+// LockRootForTest holds the last but one of the locks that a supervisor lets go of.
+func (c Config) LockRootForTest() (release func(), err error) {
+	f, err := lockFile(c.paths().rootLock())
+	return func() { _ = f.Close() }, err
+}
+
+// TakePorts is takePorts.
+func (c Config) TakePorts() (taken Config, release func(), err error) {
+	taken, p, err := c.takePorts()
+	if err != nil {
+		return c, nil, err
+	}
+	return taken, p.release, nil
 }
 
 // FakeChild is a child of Keep.

@@ -3,7 +3,6 @@ package stack_test
 import (
 	"context"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/signal"
@@ -76,21 +75,11 @@ func fakeNode(ctx context.Context, socket, root, snapshots string) error {
 	}
 	server := grpc.NewServer()
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
-	_ = os.Remove(snapshots)
-	l, err := net.Listen("unix", snapshots)
-	if err != nil {
-		return err
-	}
 	mux := http.NewServeMux()
 	mux.Handle(hearthv1connect.NewNodeServiceHandler(node{}))
 	work, ctx := errgroup.WithContext(ctx)
 	work.Go(func() error { return daemon.ServeUnix(ctx, socket, mux) })
-	work.Go(func() error { return server.Serve(l) })
-	work.Go(func() error {
-		<-ctx.Done()
-		server.Stop()
-		return nil
-	})
+	work.Go(func() error { return daemon.ServeUnixWith(ctx, snapshots, server) })
 	return work.Wait()
 }
 

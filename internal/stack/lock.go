@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,8 +21,22 @@ type locks struct {
 	name  net.Listener
 }
 
-// lock takes all of them, or says who is in the way (ErrRunning).
-func (c Config) lock(ctx context.Context) (*locks, error) {
+// lookTime is how long at most somebody who only looks whether a lock is held (locked) is taken for one who holds it.
+const lookTime = 200 * time.Millisecond
+
+// lock takes all of them, or says who is in the way (ErrRunning) if he still is when the patience is over.
+func (c Config) lock(ctx context.Context, patience time.Duration) (*locks, error) {
+	patient, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		l, err := c.tryLock(ctx)
+		if !errors.Is(err, ErrRunning) || !pause(patient, 10*time.Millisecond) {
+			return l, err
+		}
+	}
+}
+
+func (c Config) tryLock(ctx context.Context) (*locks, error) {
 	l := &locks{}
 	for _, path := range []string{c.paths().lock(), c.paths().rootLock()} {
 		f, err := lockFile(path)
@@ -72,7 +87,7 @@ func lockFile(path string) (*os.File, error) {
 	return f, nil
 }
 
-// locked says whether a process holds a lock file.
+// locked says whether a process holds a lock file. For the moment of looking it holds it itself, together with others who look.
 func locked(path string) bool {
 	f, err := os.Open(path)
 	if err != nil {

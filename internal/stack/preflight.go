@@ -85,21 +85,3 @@ func checkFree(ctx context.Context, what, address string) error {
 	}
 	return l.Close()
 }
-
-// takePorts replaces port 0 by a free port, so that everyone can be told the address before it is listened on.
-func (c Config) takePorts(ctx context.Context) (Config, error) {
-	for _, address := range []*string{&c.GatewayAddress, &c.RegistryAddress} {
-		if !strings.HasSuffix(*address, ":0") {
-			continue
-		}
-		l, err := new(net.ListenConfig).Listen(ctx, "tcp", *address)
-		if err != nil {
-			return c, fmt.Errorf("take a free port: %w", err)
-		}
-		*address = l.Addr().String()
-		if err := l.Close(); err != nil {
-			return c, fmt.Errorf("take a free port: %w", err)
-		}
-	}
-	return c, nil
-}

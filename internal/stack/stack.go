@@ -37,7 +37,7 @@ func Run(ctx context.Context, c Config, ready func(*Status)) error {
 	if err != nil {
 		return err
 	}
-	held, err := c.lock(ctx)
+	held, err := c.lock(ctx, lookTime)
 	if err != nil {
 		return err
 	}
@@ -58,8 +58,12 @@ func (c Config) runLocked(ctx context.Context, ready func(*Status)) error {
 	if err := c.preflight(ctx); err != nil {
 		return err
 	}
-	c, err := c.prepare(ctx)
+	c, taken, err := c.takePorts()
 	if err != nil {
+		return err
+	}
+	defer taken.release()
+	if c, err = c.prepare(); err != nil {
 		return err
 	}
 	s := newSupervisor(ctx, c)
@@ -86,12 +90,8 @@ func (c Config) runLocked(ctx context.Context, ready func(*Status)) error {
 	return err
 }
 
-// prepare chooses what is left open (ports, subnet), and makes the folders and configurations.
-func (c Config) prepare(ctx context.Context) (Config, error) {
-	c, err := c.takePorts(ctx)
-	if err != nil {
-		return c, err
-	}
+// prepare chooses the subnet if that is left open, and makes the folders and configurations.
+func (c Config) prepare() (Config, error) {
 	taken, err := takenSubnets()
 	if err != nil {
 		return c, err

@@ -52,7 +52,7 @@ func (n *pullNode) suffers(t *testing.T, fault faults.Fault) {
 		}
 	}
 	staged, err := filepath.Glob(filepath.Join(n.root, "staging", "*"))
-	for end := time.Now().Add(10 * time.Second); err == nil && len(staged) > 0 && time.Now().Before(end); { // jobs that were cancelled
+	for end := time.Now().Add(time.Minute); err == nil && len(staged) > 0 && time.Now().Before(end); { // jobs that were cancelled
 		time.Sleep(10 * time.Millisecond)
 		staged, err = filepath.Glob(filepath.Join(n.root, "staging", "*"))
 	}

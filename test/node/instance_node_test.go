@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -13,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"golang.org/x/sys/unix"
 
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
@@ -168,37 +165,6 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	return n
 }
 
-// programImage compiles a Go program into an image with nothing else in it.
-func programImage(t *testing.T, name, source string) v1.Image {
-	t.Helper()
-	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "main.go"), []byte(source), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	compile(t, filepath.Join(dir, "program"), filepath.Join(dir, "main.go"))
-	program, err := os.ReadFile(filepath.Join(dir, "program"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	file := fileEntry(name, string(program))
-	file.Mode = 0o755
-	img, err := mutate.Config(imageOf(t, gzipped, tarball(t, file)), v1.Config{Entrypoint: []string{"/" + name}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return img
-}
-
-// compile makes a static program of one file, which uses the standard library alone.
-func compile(t *testing.T, program, source string) {
-	t.Helper()
-	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", program, source)
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false", "GO111MODULE=off")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-}
-
 // writeNetwork gives Instances addresses that only this host reaches.
 func (n *instanceNode) writeNetwork() {
 	n.t.Helper()
@@ -247,16 +213,19 @@ func (n *instanceNode) startEngine() {
 	n.eventually(func() error { return engine.Ready(ctx) })
 }
 
+// patience is for what another process does, on whatever machine.
+const patience = 2 * time.Minute
+
 // eventually waits for what another process brings about.
 func (n *instanceNode) eventually(condition func() error) {
 	n.t.Helper()
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		err := condition()
 		if err == nil {
 			return
 		}
 		if time.Now().After(end) {
-			n.t.Fatalf("within 30 s: %v", err)
+			n.t.Fatalf("within %s: %v", patience, err)
 		}
 	}
 }

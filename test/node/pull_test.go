@@ -460,19 +460,20 @@ func TestPullAfterKill(t *testing.T) {
 	n := newPullNode(t, false)
 	img := imageOf(t, gzipped, tortureLayers(t)...)
 	ref := n.registry.push(t, "killed:1", img)
-	begun := make(chan struct{}, 64)
-	slow := func(_ http.ResponseWriter, r *http.Request) bool {
+	begun, killed := make(chan struct{}, 64), make(chan struct{})
+	held := func(_ http.ResponseWriter, r *http.Request) bool {
 		if r.UserAgent() == "hearth" && strings.Contains(r.URL.Path, "/blobs/") {
 			begun <- struct{}{}
-			time.Sleep(300 * time.Millisecond)
+			<-killed
 		}
 		return false
 	}
-	n.registry.fault.Store(&slow)
+	n.registry.fault.Store(&held)
 	pulled := make(chan error, 1)
 	go func() { pulled <- n.pull(t, ref, nil) }()
 	<-begun
 	n.kill(t)
+	close(killed)
 	if err := <-pulled; err == nil {
 		t.Error("the pull survived its containerd")
 	}
