@@ -3,6 +3,7 @@ package stack_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
@@ -63,7 +64,7 @@ func killedAtRandom(t *testing.T, sidecars bool) {
 		at := load.now()
 		silent, took := load.answeredSince(t.Context(), at, within)
 		longest = max(longest, took)
-		t.Logf("killed %s: all answer again after %v", who, took.Round(time.Millisecond))
+		t.Logf("killed %s: all answer again after %v (%s)", who, took.Round(time.Millisecond), load.slowest())
 		if len(silent) > 0 {
 			t.Fatalf("%v do not answer within %v after %s was killed: %v", silent, within, who, load.lastError())
 		}
@@ -141,15 +142,17 @@ type load struct {
 	mu            sync.Mutex // guards what follows
 	changed       chan struct{}
 	good          map[string]time.Duration // when the last request that was answered rightly began
+	lastly        string                   // whose that was
 	right, failed int
 	strangers     []error
-	last          error
+	last          error            // of all
+	lasts         map[string]error // of each since its last right answer
 }
 
 // load begins to ask; an answer may take as long as patience has it.
 func (d *deployment) load(functions []tenant, patience time.Duration) *load {
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &load{began: time.Now(), good: map[string]time.Duration{}, changed: make(chan struct{})}
+	l := &load{began: time.Now(), good: map[string]time.Duration{}, lasts: map[string]error{}, changed: make(chan struct{})}
 	var work sync.WaitGroup
 	for _, f := range functions {
 		l.good[f.name] = -1
@@ -192,10 +195,13 @@ func (l *load) count(f tenant, began time.Duration, err error) {
 		l.strangers = append(l.strangers, err)
 	case err != nil:
 		l.failed++
-		l.last = err
+		l.last = fmt.Errorf("%s: %w", f.name, err)
+		l.lasts[f.name] = fmt.Errorf("%v %w", began, err)
 	default:
 		l.right++
-		l.good[f.name] = max(l.good[f.name], began)
+		if began > l.good[f.name] {
+			l.good[f.name], l.lastly = began, fmt.Sprintf("%s was the last, before %v", f.name, l.lasts[f.name])
+		}
 		close(l.changed)
 		l.changed = make(chan struct{})
 	}
@@ -235,6 +241,13 @@ func (l *load) answeredSince(ctx context.Context, at, within time.Duration) (sil
 		case <-ctx.Done():
 		}
 	}
+}
+
+// slowest says who has answered last, and what it had failed with before.
+func (l *load) slowest() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lastly
 }
 
 func (l *load) lastError() error {
