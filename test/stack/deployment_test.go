@@ -82,7 +82,7 @@ func start(t *testing.T, change ...func(*stack.Config)) *deployment {
 		t.Fatalf("the deployment does not come up: %v", err)
 	}
 	t.Cleanup(func() {
-		if t.Failed() || os.Getenv("SHOW") != "" {
+		if t.Failed() {
 			d.showLogs(t)
 		}
 		d.stop(t)
@@ -207,6 +207,6 @@ func (d *deployment) showLogs(t *testing.T) {
 	for _, file := range files {
 		data, _ := os.ReadFile(file)
 		lines := strings.Split(strings.TrimSpace(string(data)), "\n")
-		t.Logf("the end of %s:\n%s", filepath.Base(file), strings.Join(lines[max(0, len(lines)-2500):], "\n"))
+		t.Logf("the end of %s:\n%s", filepath.Base(file), strings.Join(lines[max(0, len(lines)-25):], "\n"))
 	}
 }

@@ -200,7 +200,8 @@ func (l *load) count(f tenant, began time.Duration, err error) {
 	default:
 		l.right++
 		if began > l.good[f.name] {
-			l.good[f.name], l.lastly = began, fmt.Sprintf("%s was the last, before %v", f.name, l.lasts[f.name])
+			l.good[f.name], l.lastly = began, fmt.Sprintf("%s was the last, before that: %v", f.name, l.lasts[f.name])
+			delete(l.lasts, f.name)
 		}
 		close(l.changed)
 		l.changed = make(chan struct{})
