@@ -74,9 +74,9 @@ type tasks interface {
 	// FindTask finds the launcher of a container that a former engine made, or the loader that it has become. It is an error if
 	// it is not that any more.
 	FindTask(ctx context.Context, c container) (launcher, error)
-	// StopTask ends the process (SIGTERM, then SIGKILL after grace) and removes container and process. One that is not there
-	// is no error.
-	StopTask(ctx context.Context, containerID string, grace time.Duration) error
+	// StopTask ends the process (SIGTERM, then SIGKILL after grace) and whatever else is in the container's cgroup, and removes
+	// container and process. One that is not there is no error.
+	StopTask(ctx context.Context, containerID, cgroup string, grace time.Duration) error
 	// AwaitEnd returns when a process has ended, or is not there.
 	AwaitEnd(ctx context.Context, pid uint32) error
 	// Record notes with a container what it has become: image, snapshot, process and labels.

@@ -1,13 +1,19 @@
 package instance
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
@@ -74,8 +80,94 @@ func existing(dir string) ([]string, error) {
 	return []string{dir}, nil
 }
 
-// remove removes an Instance's cgroup and what is empty below it. One that still holds processes is an error.
-func (c cgroups) remove(path string) error {
+// remove removes an Instance's cgroup and all below it, with the processes that are still there: those that nobody else knows
+// of, because whoever made them was killed before he could tell (runc, a shim). It waits at most killTime for their end.
+func (c cgroups) remove(ctx context.Context, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, killTime)
+	defer cancel()
+	for delay := time.Millisecond; ; delay = min(2*delay, 50*time.Millisecond) {
+		err := c.removeEmpty(path)
+		if !errors.Is(err, syscall.EBUSY) {
+			return err
+		}
+		if err := c.kill(path); err != nil {
+			return err
+		}
+		if !sleep(ctx, delay) {
+			return err
+		}
+	}
+}
+
+// kill sends SIGKILL to all processes of a cgroup and of those below it. What a freezer holds is thawed, or it would not die.
+func (c cgroups) kill(path string) error {
+	dirs, err := c.directories(path)
+	if err != nil {
+		return err
+	}
+	for _, top := range dirs {
+		err := filepath.WalkDir(top, func(dir string, entry fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) || err == nil && !entry.IsDir() {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			return killIn(dir)
+		})
+		if err != nil {
+			return fmt.Errorf("kill what is in cgroup %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+// killIn kills the processes of one directory. Version 2 does it at once; with version 1 each is held by a descriptor while it is
+// looked whether it is still there, so that nobody is hit who has got its number since.
+func killIn(dir string) error {
+	for _, order := range [][2]string{{"cgroup.kill", "1"}, {"freezer.state", v1Thawed}} {
+		if err := writeCgroup(filepath.Join(dir, order[0]), order[1]); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	inside, err := processesIn(dir)
+	if err != nil {
+		return err
+	}
+	for _, pid := range inside {
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			continue // it has ended
+		}
+		still, err := processesIn(dir)
+		if err == nil && slices.Contains(still, pid) {
+			_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) // if it fails it has ended
+		}
+		_ = unix.Close(fd)
+	}
+	return nil
+}
+
+// processesIn lists a cgroup's processes, without those below it.
+func processesIn(dir string) ([]int, error) {
+	text, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENODEV) { // it is being removed
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for field := range strings.FieldsSeq(string(text)) {
+		if pid, err := strconv.Atoi(field); err == nil && pid > 0 { // 0 is one of another PID namespace
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
+// removeEmpty removes a cgroup and what is empty below it. One that still holds processes is an error.
+func (c cgroups) removeEmpty(path string) error {
 	dirs, err := c.directories(path)
 	if err != nil {
 		return err

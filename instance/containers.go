@@ -74,9 +74,9 @@ func (n *node) FindTask(ctx context.Context, c container) (launcher, error) {
 }
 
 // StopTask implements tasks.
-func (n *node) StopTask(ctx context.Context, containerID string, grace time.Duration) error {
+func (n *node) StopTask(ctx context.Context, containerID, cgroup string, grace time.Duration) error {
 	ctx = n.in(ctx)
-	if err := n.stopProcess(ctx, containerID, grace); absent(err) != nil {
+	if err := n.stopProcess(ctx, containerID, cgroup, grace); absent(err) != nil {
 		return fmt.Errorf("stop process of %s: %w", containerID, err)
 	}
 	_, err := n.client.TaskService().Delete(ctx, &taskapi.DeleteTaskRequest{ContainerID: containerID})
@@ -89,26 +89,21 @@ func (n *node) StopTask(ctx context.Context, containerID string, grace time.Dura
 	return nil
 }
 
-func (n *node) stopProcess(ctx context.Context, containerID string, grace time.Duration) error {
+// stopProcess ends a container's process and waits for that. Its kill goes to the cgroup itself and not through containerd: that
+// costs no execution of runc, and reaches what containerd does not know of, which would keep it from removing the container.
+func (n *node) stopProcess(ctx context.Context, containerID, cgroup string, grace time.Duration) error {
+	ended := false
 	if grace > 0 {
-		if err := n.kill(ctx, containerID, syscall.SIGTERM); err != nil {
+		_, err := n.client.TaskService().Kill(ctx, &taskapi.KillRequest{ContainerID: containerID, Signal: uint32(syscall.SIGTERM)})
+		if err := absent(errgrpc.ToNative(err)); err != nil {
 			return err
 		}
-		if n.await(ctx, containerID, grace) == nil {
-			return nil
-		}
+		ended = n.await(ctx, containerID, grace) == nil
 	}
-	if err := n.kill(ctx, containerID, syscall.SIGKILL); err != nil {
+	if err := n.cgroups.kill(cgroup); err != nil || ended {
 		return err
 	}
 	return n.await(ctx, containerID, killTime)
-}
-
-func (n *node) kill(ctx context.Context, containerID string, signal syscall.Signal) error {
-	_, err := n.client.TaskService().Kill(ctx, &taskapi.KillRequest{
-		ContainerID: containerID, Signal: uint32(signal), All: signal == syscall.SIGKILL,
-	})
-	return errgrpc.ToNative(err)
 }
 
 func (n *node) await(ctx context.Context, containerID string, atMost time.Duration) error {

@@ -105,7 +105,7 @@ func (n *node) RemoveSandbox(ctx context.Context, sandboxID, instance string) er
 			return fmt.Errorf("remove sandbox %s: %w", sandboxID, err)
 		}
 	}
-	return n.cgroups.remove(n.cgroups.pod(instance))
+	return n.cgroups.remove(ctx, n.cgroups.pod(instance))
 }
 
 // namespacePath is where a process's namespace can be joined.

@@ -135,11 +135,11 @@ func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) e
 	}
 	grace = e.drain(ctx, i, grace)
 	i.letGo()
-	if err := e.backend.StopTask(ctx, containerID(i.id), grace); err != nil {
+	if err := e.backend.StopTask(ctx, containerID(i.id), e.cgroups.function(i.id), grace); err != nil {
 		return err
 	}
 	if e.hasSidecar(i.id) {
-		if err := e.backend.StopTask(ctx, sidecarID(i.id), 0); err != nil {
+		if err := e.backend.StopTask(ctx, sidecarID(i.id), e.cgroups.sidecar(i.id), 0); err != nil {
 			return err
 		}
 	}

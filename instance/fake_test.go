@@ -288,7 +288,7 @@ func (*fakeLauncher) Pid() uint32 { return 1 }
 
 func (*fakeLauncher) Close() error { return nil }
 
-func (f *fake) StopTask(_ context.Context, id string, grace time.Duration) error {
+func (f *fake) StopTask(_ context.Context, id, _ string, grace time.Duration) error {
 	return f.locked(func() error {
 		state, _ := os.ReadFile(f.cgroupFile(strings.TrimSuffix(id, ".fn"), "freezer", "freezer.state"))
 		if string(state) == "FROZEN" {

@@ -6,15 +6,21 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
 
 // reconcileTime bounds one comparison.
 const reconcileTime = 30 * time.Second
+
+// adoptedAtOnce is for how many Instances of a former engine containerd and they themselves are asked at once. What it asks has
+// reconcileTime, and each silent one takes greetTime: a node would need hundreds of them to stay closed.
+const adoptedAtOnce = 256
 
 // unknownStatus stands for the exit status of a process whose end nobody saw.
 const unknownStatus = 255
@@ -105,25 +111,37 @@ func (e *Engine) seen() map[string]int64 {
 	return all
 }
 
-// rebuild takes over what a former engine left.
+// rebuild takes over what a former engine left, many Instances at once: those that say nothing cost their own time and no other's,
+// or as many of them as fill reconcileTime would have every attempt fail.
 func (e *Engine) rebuild(ctx context.Context, s *survey) error {
+	var mu sync.Mutex // guards found
 	var found []*instance
+	work, adopting := errgroup.WithContext(ctx)
+	work.SetLimit(adoptedAtOnce)
 	for id := range s.ids() {
 		if checkInstanceID(id) != nil {
 			e.log.Error("sandbox or container with a malformed instance label is left alone", "instance", id)
 			continue
 		}
-		i, err := e.adopt(ctx, s, id)
-		if errdefs.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded) {
-			for _, i := range append(found, i) {
-				i.letGo()
+		work.Go(func() error {
+			i, err := e.adopt(adopting, s, id)
+			mu.Lock()
+			found = append(found, i)
+			mu.Unlock()
+			if errdefs.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded) || adopting.Err() != nil {
+				return errors.Join(err, adopting.Err()) // containerd is away again: begin anew rather than discard what may be well
 			}
-			return err // containerd is away again: begin anew rather than discard what may be well
+			if err != nil {
+				e.log.Warn("instance of a former engine cannot be adopted", "instance", id, "error", err)
+			}
+			return nil
+		})
+	}
+	if err := work.Wait(); err != nil {
+		for _, i := range found {
+			i.letGo()
 		}
-		if err != nil {
-			e.log.Warn("instance of a former engine cannot be adopted", "instance", id, "error", err)
-		}
-		found = append(found, i)
+		return err
 	}
 	for _, i := range found {
 		e.install(i)

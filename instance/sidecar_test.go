@@ -468,18 +468,24 @@ func TestSidecarOfFrozenIsDrained(t *testing.T) {
 	})
 }
 
-// One that hangs costs its own Instance, and no other's adoption.
+// Those that hang cost their own Instances, and no other's adoption, however many they are.
 func TestSidecarHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, root := newSidecarFake(t), t.TempDir()
 		e, stop := runIn(t, f, root)
-		for _, id := range []string{"hangs", "well"} {
+		ids := []string{"well"}
+		for n := range 20 {
+			ids = append(ids, "hangs-"+strconv.Itoa(n))
+		}
+		for _, id := range ids {
 			if err := create(e, id); err != nil {
 				t.Fatal(err)
 			}
 		}
 		stop()
-		f.sidecars["hangs.sidecar"].hangs = true
+		for _, id := range ids[1:] {
+			f.sidecars[id+".sidecar"].hangs = true
+		}
 		e, stop = runIn(t, f, root)
 		defer stop()
 		synctest.Wait()

@@ -31,7 +31,7 @@ type Config struct {
 	Root, Run string
 	// Tools has containerd, ctr, containerd-shim-runc-v2, runc, registry and cni/. Required to run.
 	Tools string
-	// Bin has nodeagent, poolmanager and gateway. Default: the folder of this executable.
+	// Bin has nodeagent, launcher, poolmanager, gateway and, for Sidecar, sidecar. Default: the folder of this executable.
 	Bin string
 	// PauseImage is an archive of hearth.local/pause:1, as `make build` writes it. Default pause.tar in Bin.
 	PauseImage string
@@ -44,6 +44,8 @@ type Config struct {
 	HostsDir string
 	// PoolSize is how many sandboxes are kept warm. Default DefaultPoolSize; negative is none.
 	PoolSize int
+	// Sidecar gives each Instance one: a program that takes its Function's requests (docs/SIDECAR.md).
+	Sidecar bool
 	// Subnet gives Instances their addresses. Default: a free one is chosen.
 	Subnet netip.Prefix
 	// LocalPull has the CRI pull by its older path instead of the Transfer service.

@@ -104,13 +104,13 @@ func TestPreflightSaysTheNextStep(t *testing.T) {
 	}
 	cfg := valid()
 	cfg.Tools, cfg.Bin = t.TempDir(), t.TempDir()
-	cfg.GatewayAddress, cfg.RegistryAddress = "127.0.0.1:0", "127.0.0.1:0"
+	cfg.GatewayAddress, cfg.RegistryAddress, cfg.Sidecar = "127.0.0.1:0", "127.0.0.1:0", true
 	cfg, err := cfg.WithDefaults()
 	if err != nil {
 		t.Fatal(err)
 	}
 	err = cfg.Preflight()
-	for _, want := range []string{"containerd, containerd-shim-runc-v2, ctr, runc, cni/ptp", "make tools", "nodeagent, launcher, poolmanager, gateway", "make build", "--pause-image"} {
+	for _, want := range []string{"containerd, containerd-shim-runc-v2, ctr, runc, cni/ptp", "make tools", "nodeagent, launcher, poolmanager, gateway, sidecar", "make build", "--pause-image"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("does not say %q: %v", want, err)
 		}

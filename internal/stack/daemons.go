@@ -17,6 +17,9 @@ const (
 	nameGateway     = "gateway"
 )
 
+// sidecarProgram is found beside nodeagent.
+const sidecarProgram = "sidecar"
+
 // spec is a child: how to start it, how long its end may take, and how one knows that it is ready.
 type spec struct {
 	name  string
@@ -55,7 +58,8 @@ func (c Config) specs(environ []string) map[string]spec {
 			"--snapshotter-root", p.snapshotterRoot(),
 			"--snapshotter-socket", p.snapshotterSocket(), "--image-service-socket", p.imageSocket(),
 			"--cgroup-parent", CgroupParent(c.Name),
-			"--hosts-dir", c.HostsDir),
+			"--hosts-dir", c.HostsDir,
+			"--sidecar", c.sidecar()),
 		namePoolmanager: own(namePoolmanager, 10*time.Second,
 			"--store", p.store(),
 			"--rpc-socket", p.poolSocket(),
@@ -68,6 +72,14 @@ func (c Config) specs(environ []string) map[string]spec {
 // gateway, whose goroutines then hand a request on without waking another core.
 func gatewayCores(cores int) string {
 	return "GOMAXPROCS=" + strconv.Itoa(max(1, cores/2))
+}
+
+// sidecar is what nodeagent is told. It is always told, for it would read the environment variable of our own flag.
+func (c Config) sidecar() string {
+	if c.Sidecar {
+		return sidecarProgram
+	}
+	return "none"
 }
 
 // nodeName is the only node's; the same after every start, so that what containerd remembers is found again.

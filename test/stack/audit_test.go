@@ -3,6 +3,7 @@ package stack_test
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,6 +23,7 @@ import (
 const (
 	labelInstance = "hearth.dev/instance"
 	labelClaim    = "hearth.dev/claim"
+	labelCode     = "hearth.dev/code"
 	labelKind     = "io.cri-containerd.kind"
 )
 
@@ -37,6 +39,9 @@ type inventory struct {
 	layers     map[string]bool // kept on the disk; a pull that failed may keep some for a minute, until it is given up
 	staging    []string
 	mounts     []string
+	views      map[string]bool // keys of code packages' snapshots that containers have
+	warm       map[string]int  // how many Instances are to be warm, by Runtime
+	sidecars   bool            // each Instance is to have one
 }
 
 // settles waits until nothing is left over of what has ended, and the pool is full.
@@ -81,7 +86,9 @@ func (d *deployment) takeInventory(ctx context.Context) (*inventory, error) {
 	i := &inventory{
 		instances: map[string]*hearthv1.Instance{}, sandboxes: map[string]string{}, containers: map[string]map[string]string{},
 		snapshotOf: map[string]bool{}, snapshots: map[string]snapshots.Info{}, chains: map[string]bool{},
+		views: map[string]bool{}, warm: maps.Clone(d.booted), sidecars: d.config.Sidecar,
 	}
+	i.warm[""] = pool
 	for _, take := range []func(context.Context, *inventory) error{d.takeInstances, d.takeContainers, d.takeSnapshots, d.takeImages, d.takeDisk} {
 		if err := take(ctx, i); err != nil {
 			return nil, err
@@ -115,6 +122,9 @@ func (d *deployment) takeContainers(ctx context.Context, i *inventory) error {
 	}
 	for _, c := range list {
 		i.containers[c.ID] = c.Labels
+		if key := c.Labels[labelCode]; key != "" {
+			i.views[key] = true
+		}
 		if c.SnapshotKey != "" { // one that waits for a Function has none
 			i.snapshotOf[c.SnapshotKey] = true
 		}
@@ -173,11 +183,11 @@ func (i *inventory) problems() []string {
 }
 
 func (i *inventory) instanceProblems() (out []string) {
-	warm, claimed := 0, map[string]string{}
+	warm, claimed := map[string]int{}, map[string]string{}
 	for id, inst := range i.instances {
 		switch inst.GetState() {
 		case hearthv1.State_STATE_WARM:
-			warm++
+			warm[inst.GetRuntime()]++
 		case hearthv1.State_STATE_SERVING, hearthv1.State_STATE_FROZEN:
 		default:
 			out = append(out, fmt.Sprintf("instance %s of %q is %s", id, inst.GetFunction(), inst.GetState()))
@@ -189,8 +199,8 @@ func (i *inventory) instanceProblems() (out []string) {
 			claimed[claim] = id
 		}
 	}
-	if warm != pool {
-		out = append(out, fmt.Sprintf("%d instances are warm, not %d", warm, pool))
+	if !maps.Equal(warm, i.warm) {
+		out = append(out, fmt.Sprintf("so many instances are warm, by runtime: %v, not %v", warm, i.warm))
 	}
 	seen := map[string]bool{}
 	for sandbox, id := range i.sandboxes {
@@ -208,7 +218,7 @@ func (i *inventory) instanceProblems() (out []string) {
 }
 
 func (i *inventory) containerProblems() (out []string) {
-	seen := map[string]bool{}
+	seen, beside := map[string]bool{}, map[string]bool{}
 	for id, labels := range i.containers {
 		if labels[labelKind] == "sandbox" {
 			if _, ok := i.sandboxes[id]; !ok {
@@ -218,6 +228,10 @@ func (i *inventory) containerProblems() (out []string) {
 		}
 		instance := labels[labelInstance]
 		inst := i.instances[instance]
+		if i.sidecars && inst != nil && id == instance+".sidecar" {
+			beside[instance] = true
+			continue
+		}
 		switch {
 		case inst == nil:
 			out = append(out, fmt.Sprintf("container %s is of no instance that is known: %v", id, labels))
@@ -233,6 +247,9 @@ func (i *inventory) containerProblems() (out []string) {
 		if !seen[id] {
 			out = append(out, fmt.Sprintf("instance %s is %s without a container", id, inst.GetState()))
 		}
+		if i.sidecars && !beside[id] {
+			out = append(out, fmt.Sprintf("instance %s is %s without a sidecar", id, inst.GetState()))
+		}
 	}
 	return out
 }
@@ -242,11 +259,16 @@ func (i *inventory) containerProblems() (out []string) {
 const preparedPerChain = 8
 
 func (i *inventory) snapshotProblems() (out []string) {
-	prepared := map[string]int{}
+	prepared, mounted := map[string]int{}, map[string]int{}
 	for key, info := range i.snapshots {
 		switch {
 		case info.Kind == snapshots.KindCommitted && i.chains[key]:
 		case i.snapshotOf[key]:
+		case i.views[key]:
+		case info.Kind == snapshots.KindView && strings.HasPrefix(key, "hearth-"): // the node's own, of which claims get clones
+			if mounted[info.Parent]++; mounted[info.Parent] > 1 {
+				out = append(out, fmt.Sprintf("%d views of %s are mounted", mounted[info.Parent], info.Parent))
+			}
 		case info.Kind == snapshots.KindActive && strings.HasPrefix(key, "hearth-"):
 			if prepared[info.Parent]++; prepared[info.Parent] > preparedPerChain {
 				out = append(out, fmt.Sprintf("more than %d snapshots of %s are prepared", preparedPerChain, info.Parent))

@@ -14,6 +14,7 @@ import (
 	"connectrpc.com/connect"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/stack"
 )
 
 // How long the drills are. Those of `make test` are short; the long ones are asked for:
@@ -21,64 +22,17 @@ import (
 //	go test ./test/stack -run TestCycles -cycles 10000 -timeout 3h
 //	go test ./test/stack -run TestKilledAtRandom -kills 200 -timeout 2h
 var (
-	cycles = flag.Int("cycles", 100, "claims, each served and discarded, of TestCycles")
-	kills  = flag.Int("kills", 8, "processes that TestKilledAtRandom kills")
+	sidecars = flag.Bool("sidecars", false, "give the Instances of TestCycles sidecars")
+	cycles   = flag.Int("cycles", 100, "claims, each served and discarded, of TestCycles")
+	kills    = flag.Int("kills", 8, "processes that TestKilledAtRandom kills")
 )
 
 // cyclesForResident is from when on what nodeagent has resident is judged, and not its live heap alone: until then the pages that a
 // collector keeps for later are most of it.
 const cyclesForResident = 2000
 
-// drilled is a Function that knows who it is: what it answers nobody else can.
-type drilled struct {
-	name, image, secret string
-	// keeps says that the Function's Instances are frozen when nobody needs them.
-	keeps bool
-}
-
-func (f drilled) identity() string { return f.name + " " + f.secret }
-
-// drills deploys Functions for a drill. A Runtime's join by standing in this table.
-func (d *deployment) drills(t *testing.T) []drilled {
-	t.Helper()
-	image := d.pushGo(t)
-	table := []drilled{
-		{name: "left", image: image, secret: "l-7301"},
-		{name: "right", image: image, secret: "r-2288"},
-		{name: "third", image: image, secret: "t-9154"},
-	}
-	for _, f := range table {
-		d.mustDeploy(t, f.name, f.image, func(s *hearthv1.FunctionSpec) {
-			s.Env = map[string]string{"WHO": f.identity()}
-			s.Scaling.Frozen = -1
-			if f.keeps {
-				s.Scaling.Frozen = 1
-			}
-		})
-	}
-	return table
-}
-
-// errStranger says that a Function answered for another.
-var errStranger = errors.New("another function answered")
-
-// identify has whoever is at a URL say who it is.
-func (f drilled) identify(ctx context.Context, client *http.Client, url string) error {
-	a, err := fetch(ctx, client, url+"/env?name=WHO")
-	if err != nil {
-		return err
-	}
-	if a.code != http.StatusOK {
-		return fmt.Errorf("%w: %d %s", errAnswer, a.code, a.body)
-	}
-	if a.body != f.identity() {
-		return fmt.Errorf("%w: %s has the answer %q", errStranger, f.name, a.body)
-	}
-	return nil
-}
-
 // cycle claims an Instance, has it serve, and discards it.
-func (d *deployment) cycle(ctx context.Context, client *http.Client, f drilled, id string, h *history) error {
+func (d *deployment) cycle(ctx context.Context, client *http.Client, f tenant, id string, h *history) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	called := h.now()
@@ -101,8 +55,8 @@ func (d *deployment) cycle(ctx context.Context, client *http.Client, f drilled, 
 // gone, no Instance was given to two, and nobody answered for another.
 func TestCycles(t *testing.T) {
 	const workers, warmUp = 3, 30
-	d := start(t)
-	functions := d.drills(t)
+	d := start(t, func(c *stack.Config) { c.Sidecar = *sidecars })
+	functions := d.tenants(t)
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	h := newHistory()
 	round := func(prefix string, n int) {

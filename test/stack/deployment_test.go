@@ -35,9 +35,12 @@ type deployment struct {
 	status     *stack.Status
 	functions  hearthv1connect.FunctionServiceClient
 	allocation hearthv1connect.AllocationServiceClient
+	runtimes   hearthv1connect.RuntimeServiceClient
+	node       hearthv1connect.NodeServiceClient
 	containerd *containerd.Client
 	sandboxes  cri.RuntimeServiceClient
 	web        *web
+	booted     map[string]int // how many Instances of each Runtime wait
 
 	cancel context.CancelFunc
 	ended  chan error
@@ -64,7 +67,7 @@ func newConfig(t *testing.T) stack.Config {
 // start brings a deployment up. When the test ends it is ended, if it was not before, and must leave nothing.
 func start(t *testing.T, change ...func(*stack.Config)) *deployment {
 	t.Helper()
-	d := &deployment{config: newConfig(t), ended: make(chan error, 1)}
+	d := &deployment{config: newConfig(t), ended: make(chan error, 1), booted: map[string]int{}}
 	for _, c := range change {
 		c(&d.config)
 	}
@@ -107,6 +110,9 @@ func (d *deployment) connect(t *testing.T) {
 	client := daemon.UnixClient(filepath.Join(d.config.Run, stack.PoolSocket))
 	d.functions = hearthv1connect.NewFunctionServiceClient(client, "http://hearth")
 	d.allocation = hearthv1connect.NewAllocationServiceClient(client, "http://hearth")
+	d.runtimes = hearthv1connect.NewRuntimeServiceClient(client, "http://hearth")
+	node := daemon.UnixClient(filepath.Join(d.config.Run, stack.NodeSocket))
+	d.node = hearthv1connect.NewNodeServiceClient(node, "http://hearth")
 	d.web = newWeb(d.status.Gateway)
 	socket := filepath.Join(d.config.Run, stack.ContainerdSocket)
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -119,6 +125,7 @@ func (d *deployment) connect(t *testing.T) {
 	}
 	t.Cleanup(func() {
 		client.CloseIdleConnections()
+		node.CloseIdleConnections()
 		d.web.close()
 		_ = conn.Close()
 	})

@@ -58,13 +58,11 @@ func harms() map[string]harm {
 // disk is not eaten up, and the Instance ends when it is to.
 func TestHostile(t *testing.T) {
 	d := start(t)
-	neighbours := d.drills(t)
-	image := push(t, d.status.Registry, "hostile", programImage(t, shop.hostile, "hostile"))
-	villain := drilled{name: "villain", image: image, secret: "v-6660"}
-	d.mustDeploy(t, villain.name, villain.image, func(s *hearthv1.FunctionSpec) {
-		s.Env = map[string]string{"WHO": villain.identity()}
+	neighbours := d.tenants(t)
+	villain := tenant{name: "villain", secret: "v-6660"}
+	d.deployTenant(t, villain, func(s *hearthv1.FunctionSpec) {
 		s.Resources = &hearthv1.Resources{MemoryBytes: hostileMemoryBytes}
-		s.Scaling.Frozen, s.Scaling.Max = -1, 1
+		s.Scaling.Max = 1
 	})
 	load := d.load(neighbours, longStart)
 	defer load.stop()
@@ -89,7 +87,7 @@ func TestHostile(t *testing.T) {
 }
 
 // suffers has the villain do harm, and looks at what came of it.
-func (d *deployment) suffers(t *testing.T, villain drilled, h harm, load *load) {
+func (d *deployment) suffers(t *testing.T, villain tenant, h harm, load *load) {
 	t.Helper()
 	t.Cleanup(func() { d.toZero(t, villain.name) }) // whatever fails below, the next harm begins anew
 	d.answersAsItself(t, villain, longStart)
@@ -126,7 +124,7 @@ func (d *deployment) suffers(t *testing.T, villain drilled, h harm, load *load) 
 }
 
 // answersAsItself asks until the Function says who it is.
-func (d *deployment) answersAsItself(t *testing.T, f drilled, within time.Duration) {
+func (d *deployment) answersAsItself(t *testing.T, f tenant, within time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), within)
 	defer cancel()

@@ -116,27 +116,42 @@ func tarOf(t *testing.T, entries ...entry) []byte {
 	return out.Bytes()
 }
 
-// probeImage runs testdata/probe with the given arguments.
-func probeImage(t *testing.T, args ...string) v1.Image {
+// probeImage runs testdata/probe.
+func probeImage(t *testing.T) v1.Image {
 	t.Helper()
-	return programImage(t, shop.probe, "probe", args...)
+	return programImage(t, shop.probe, "probe")
 }
 
-// programImage has one static program, and runs it.
-func programImage(t *testing.T, path, name string, args ...string) v1.Image {
+// withArgs gives arguments to an image's program.
+func withArgs(t *testing.T, img v1.Image, args ...string) v1.Image {
+	t.Helper()
+	config, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config = config.DeepCopy()
+	config.Config.Cmd = args
+	if img, err = mutate.ConfigFile(img, config); err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// programImage has one static program, and runs it, with other files beside it.
+func programImage(t *testing.T, path, name string, beside ...entry) v1.Image {
 	t.Helper()
 	program, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	img := withLayers(t, empty.Image, layerOf(t, tarOf(t, file(name, string(program)))))
+	img := withLayers(t, empty.Image, layerOf(t, tarOf(t, append(beside, file(name, string(program)))...)))
 	config, err := img.ConfigFile()
 	if err != nil {
 		t.Fatal(err)
 	}
 	config = config.DeepCopy()
 	config.OS, config.Architecture = "linux", platform(t)
-	config.Config.Entrypoint = append([]string{"/" + name}, args...)
+	config.Config.Entrypoint = []string{"/" + name}
 	if img, err = mutate.ConfigFile(img, config); err != nil {
 		t.Fatal(err)
 	}

@@ -16,8 +16,8 @@ import (
 // workshop is what all tests share and none changes: programs and images, made once.
 type workshop struct {
 	tools, bin, pause string
-	golang            string // OCI layout of the sample image "go"
-	probe, hostile    string // the programs of testdata
+	golang, native    string // OCI layouts of the sample image "go" and of the native Runtime
+	probe, tenant     string // the programs of testdata
 }
 
 // shop is set before the first test runs. Without root there is none, and every test skips.
@@ -54,7 +54,7 @@ func build(ctx context.Context, dir string) (*workshop, error) {
 	if cache == "" {
 		cache = filepath.Join(top, ".cache")
 	}
-	w := &workshop{tools: os.Getenv("HEARTH_TOOLS"), bin: dir, pause: filepath.Join(dir, "pause.tar"), probe: filepath.Join(dir, "probe"), hostile: filepath.Join(dir, "hostile")}
+	w := &workshop{tools: os.Getenv("HEARTH_TOOLS"), bin: dir, pause: filepath.Join(dir, "pause.tar"), probe: filepath.Join(dir, "probe"), tenant: filepath.Join(dir, "tenant")}
 	if w.tools == "" {
 		w.tools = filepath.Join(cache, "tools", "current")
 	}
@@ -65,19 +65,22 @@ func build(ctx context.Context, dir string) (*workshop, error) {
 		return nil, fmt.Errorf("%w: run `make tools`, or name their folder in HEARTH_TOOLS", err)
 	}
 	programs := []string{"./runtimes/launcher"}
-	for _, name := range []string{"nodeagent", "poolmanager", "gateway", "hearth"} {
+	for _, name := range []string{"nodeagent", "poolmanager", "gateway", "sidecar", "hearth"} {
 		programs = append(programs, "./cmd/"+name)
 	}
 	if err := compile(ctx, top, append([]string{"-o", dir + "/"}, programs...)...); err != nil {
 		return nil, err
 	}
-	for _, program := range []string{w.probe, w.hostile} {
+	for _, program := range []string{w.probe, w.tenant} {
 		if err := compile(ctx, top, "-o", program, "./test/stack/testdata/"+filepath.Base(program)+"/main.go"); err != nil {
 			return nil, err
 		}
 	}
 	config := images.Config{Cache: cache}
 	if w.golang, err = images.Build(ctx, config, "go"); err != nil {
+		return nil, err
+	}
+	if w.native, err = images.Build(ctx, config, "runtime-native"); err != nil {
 		return nil, err
 	}
 	return w, w.exportPause(ctx, config)

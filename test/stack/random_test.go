@@ -3,6 +3,7 @@ package stack_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
@@ -19,24 +20,32 @@ import (
 	"golang.org/x/sys/unix"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/stack"
 )
 
 // killsForRecovery is from when on a drill is judged by how soon everything answers again. Few kills on a machine that does other
 // things beside them say nothing about that.
 const killsForRecovery = 20
 
-// TestKilledAtRandom kills daemons, shims and what runs inside Instances at random moments, while Functions are asked and started
-// anew all the time. No Function ever answers for another, all of them answer again soon, and nothing is left over.
+// TestKilledAtRandom kills daemons, shims and what runs inside Instances at random moments, while Functions of several tenants are
+// asked, started anew, frozen and thawed all the time. No Function ever answers for another, nor with another's code, environment or
+// secret; all of them answer again soon, and nothing is left over.
 func TestKilledAtRandom(t *testing.T) {
-	d := start(t)
-	functions := d.drills(t)
-	var freezing []string
+	for name, sidecars := range map[string]bool{"without sidecars": false, "with sidecars": true} {
+		t.Run(name, func(t *testing.T) { killedAtRandom(t, sidecars) })
+	}
+}
+
+func killedAtRandom(t *testing.T, sidecars bool) {
+	d := start(t, func(c *stack.Config) { c.Sidecar = sidecars })
+	functions := d.tenants(t)
+	var keeping []string
 	for _, f := range functions {
 		if f.keeps {
-			freezing = append(freezing, f.name)
+			keeping = append(keeping, f.name)
 		}
 	}
-	h := newHistory(freezing...)
+	h := newHistory(keeping...)
 	stopWatching := h.watch(d)
 	defer stopWatching()
 	load := d.load(functions, recovery)
@@ -55,7 +64,7 @@ func TestKilledAtRandom(t *testing.T) {
 		at := load.now()
 		silent, took := load.answeredSince(t.Context(), at, within)
 		longest = max(longest, took)
-		t.Logf("killed %s: all answer again after %v", who, took.Round(time.Millisecond))
+		t.Logf("killed %s: all answer again after %v (%s)", who, took.Round(time.Millisecond), load.slowest())
 		if len(silent) > 0 {
 			t.Fatalf("%v do not answer within %v after %s was killed: %v", silent, within, who, load.lastError())
 		}
@@ -122,6 +131,9 @@ func (d *deployment) victims() map[string][]int {
 	return kinds
 }
 
+// freezing is how long nobody asks a Function that keeps its Instances: long enough for them to be frozen.
+const freezing = 2 * time.Second
+
 // load asks Functions all the time who they are, and has them started anew.
 type load struct {
 	stop  func()
@@ -130,20 +142,26 @@ type load struct {
 	mu            sync.Mutex // guards what follows
 	changed       chan struct{}
 	good          map[string]time.Duration // when the last request that was answered rightly began
+	lastly        string                   // whose that was
 	right, failed int
 	strangers     []error
-	last          error
+	last          error            // of all
+	lasts         map[string]error // of each since its last right answer
 }
 
 // load begins to ask; an answer may take as long as patience has it.
-func (d *deployment) load(functions []drilled, patience time.Duration) *load {
+func (d *deployment) load(functions []tenant, patience time.Duration) *load {
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &load{began: time.Now(), good: map[string]time.Duration{}, changed: make(chan struct{})}
+	l := &load{began: time.Now(), good: map[string]time.Duration{}, lasts: map[string]error{}, changed: make(chan struct{})}
 	var work sync.WaitGroup
 	for _, f := range functions {
 		l.good[f.name] = -1
-		for range 2 {
-			work.Go(func() { l.ask(ctx, d, f, patience) })
+		askers, pause := 2, 5*time.Millisecond
+		if f.keeps {
+			askers, pause = 1, freezing
+		}
+		for range askers {
+			work.Go(func() { l.ask(ctx, d, f, patience, pause) })
 		}
 	}
 	work.Go(func() { l.startAnew(ctx, d, functions) })
@@ -156,7 +174,7 @@ func (d *deployment) load(functions []drilled, patience time.Duration) *load {
 
 func (l *load) now() time.Duration { return time.Since(l.began) }
 
-func (l *load) ask(ctx context.Context, d *deployment, f drilled, patience time.Duration) {
+func (l *load) ask(ctx context.Context, d *deployment, f tenant, patience, pause time.Duration) {
 	for ctx.Err() == nil {
 		began := l.now()
 		asked, cancel := context.WithTimeout(ctx, patience)
@@ -165,11 +183,11 @@ func (l *load) ask(ctx context.Context, d *deployment, f drilled, patience time.
 		if ctx.Err() == nil {
 			l.count(f, began, err)
 		}
-		nap(ctx, 5*time.Millisecond)
+		nap(ctx, pause)
 	}
 }
 
-func (l *load) count(f drilled, began time.Duration, err error) {
+func (l *load) count(f tenant, began time.Duration, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -177,22 +195,27 @@ func (l *load) count(f drilled, began time.Duration, err error) {
 		l.strangers = append(l.strangers, err)
 	case err != nil:
 		l.failed++
-		l.last = err
+		l.last = fmt.Errorf("%s: %w", f.name, err)
+		l.lasts[f.name] = fmt.Errorf("%v %w", began, err)
 	default:
 		l.right++
-		l.good[f.name] = max(l.good[f.name], began)
+		if began > l.good[f.name] {
+			l.good[f.name], l.lastly = began, fmt.Sprintf("%s was the last, before that: %v", f.name, l.lasts[f.name])
+			delete(l.lasts, f.name)
+		}
 		close(l.changed)
 		l.changed = make(chan struct{})
 	}
 }
 
-// startAnew takes one Function after the other to zero, so that there are claims under way when something is killed.
-func (l *load) startAnew(ctx context.Context, d *deployment, functions []drilled) {
+// startAnew takes one Function after the other to zero, but those that keep their Instances, so that there are claims under way when something is killed.
+func (l *load) startAnew(ctx context.Context, d *deployment, functions []tenant) {
+	busy := slices.DeleteFunc(slices.Clone(functions), func(f tenant) bool { return f.keeps })
 	for i := 0; ctx.Err() == nil; i++ {
 		nap(ctx, 300*time.Millisecond)
 		released, cancel := context.WithTimeout(ctx, recovery)
 		// What comes of it is not of interest: poolmanager may be dead.
-		_, _ = d.allocation.Release(released, connect.NewRequest(&hearthv1.ReleaseRequest{Function: functions[i%len(functions)].name}))
+		_, _ = d.allocation.Release(released, connect.NewRequest(&hearthv1.ReleaseRequest{Function: busy[i%len(busy)].name}))
 		cancel()
 	}
 }
@@ -219,6 +242,13 @@ func (l *load) answeredSince(ctx context.Context, at, within time.Duration) (sil
 		case <-ctx.Done():
 		}
 	}
+}
+
+// slowest says who has answered last, and what it had failed with before.
+func (l *load) slowest() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lastly
 }
 
 func (l *load) lastError() error {

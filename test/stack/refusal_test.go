@@ -44,7 +44,7 @@ func refused(t *testing.T, a answer, err error, code int, retry bool, words ...s
 func TestRefusals(t *testing.T) {
 	d := start(t)
 	probe := push(t, d.status.Registry, "probe", probeImage(t))
-	falls := push(t, d.status.Registry, "falls", probeImage(t, "fall"))
+	falls := push(t, d.status.Registry, "falls", withArgs(t, probeImage(t), "fall"))
 
 	t.Run("queue is full", func(t *testing.T) {
 		d.mustDeploy(t, "narrow", probe, func(s *hearthv1.FunctionSpec) {

@@ -1,15 +1,16 @@
-// Command hostile is a function that does, when it is asked to, what a function can do to harm its neighbours. Each harm has an end
-// of its own, far beyond what must be allowed, so that a missing limit fails a test and not the machine.
+// Command tenant is a function that tells whose it is, by all that a node gives to one: its code, environment and secret. When it is
+// asked to, it does what a function can do to harm its neighbours. Each harm has an end of its own, far beyond what must be allowed,
+// so that a missing limit fails a test and not the machine.
 package main
 
 import (
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,7 +31,8 @@ func main() {
 		n, _ := strconv.Atoi(r.FormValue(name))
 		return n
 	}
-	http.HandleFunc("/env", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, os.Getenv(r.FormValue("name"))) })
+	http.HandleFunc("/who", who)
+	http.HandleFunc("/log", func(_ http.ResponseWriter, r *http.Request) { fmt.Println(r.FormValue("line")) })
 	http.HandleFunc("/fork", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, fork(number(r, "n"))) })
 	http.HandleFunc("/hog", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, hog(number(r, "mib"))) })
 	http.HandleFunc("/fill", func(w http.ResponseWriter, r *http.Request) {
@@ -45,6 +47,17 @@ func main() {
 	// Serve ends when the listener is closed; the process does not.
 	fmt.Println(http.Serve(listener, nil))
 	time.Sleep(time.Hour)
+}
+
+// who reads anew for each request what it tells.
+func who(w http.ResponseWriter, _ *http.Request) {
+	code, codeErr := os.ReadFile(filepath.Join(filepath.Dir(os.Args[0]), "whose"))
+	secret, secretErr := os.ReadFile("/run/secrets/whose")
+	if codeErr != nil || secretErr != nil {
+		http.Error(w, fmt.Sprint(codeErr, secretErr), http.StatusInternalServerError)
+		return
+	}
+	fmt.Fprintf(w, "%s %s %s", code, os.Getenv("WHOSE"), secret)
 }
 
 // fork starts processes that stay, and says how many it was refused.
