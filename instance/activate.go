@@ -66,6 +66,9 @@ func (e *Engine) activate(ctx context.Context, req *hearthv1.ActivateRequest) (*
 	if a.image, a.code, err = checkRevision(req.Revision); err != nil {
 		return nil, err
 	}
+	if err := e.mayShare(req.Revision.Group); err != nil {
+		return nil, err
+	}
 	a.runtime, a.secrets = runtimeOf(req.Revision, a.image), secretsOf(req.Revision)
 	if err := e.open(); err != nil {
 		return nil, err
@@ -114,7 +117,10 @@ func (e *Engine) claim(i *instance, a *activation) (*activation, error) {
 	if !a.deadline.After(begin) {
 		return nil, fmt.Errorf("claim %s was over before it came: %w", a.claim.Id, context.DeadlineExceeded)
 	}
-	if i.state == hearthv1.State_STATE_WARM {
+	if a.revision = i.placed(a.revision); i.state == hearthv1.State_STATE_WARM {
+		if err := i.pod.admit(ownerOf(a.revision, i.id)); err != nil {
+			return nil, err
+		}
 		i.revision, i.image = a.revision, a.image // for ever
 	} else {
 		a.thaw = true
@@ -200,7 +206,7 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 			return
 		}
 		if e.untilRecorded(ctx, i.id, recorded, func(ctx context.Context) error { return e.record(ctx, i, a) }) {
-			e.limitCPU(i.id, a.revision.GetResources().GetCpuMillis())
+			e.limitCPU(i, a.revision.GetResources().GetCpuMillis())
 			e.started(i)
 		}
 	})
@@ -247,7 +253,7 @@ func (e *Engine) record(ctx context.Context, i *instance, a *activation) error {
 	i.mu.Unlock()
 	if a.process != nil {
 		var err error
-		if r.Spec, err = e.spec(ctx, i.id, box); err != nil {
+		if r.Spec, err = e.spec(ctx, i, box); err != nil {
 			return err
 		}
 		become(r.Spec.Process, a.process)
@@ -255,12 +261,12 @@ func (e *Engine) record(ctx context.Context, i *instance, a *activation) error {
 	return e.backend.Record(ctx, r)
 }
 
-func (e *Engine) limitCPU(id string, millis int64) {
+func (e *Engine) limitCPU(i *instance, millis int64) {
 	if millis == 0 {
 		return
 	}
-	if err := e.cgroups.limitCPU(id, millis); err != nil {
-		e.log.Error("cpu limit not set", "instance", id, "error", err)
+	if err := e.cgroups.limitCPU(i.place(), millis); err != nil {
+		e.log.Error("cpu limit not set", "instance", i.id, "error", err)
 	}
 }
 

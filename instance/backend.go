@@ -26,14 +26,14 @@ type backend interface {
 }
 
 type sandboxes interface {
-	// RunSandbox makes the sandbox of an Instance and returns when its network is up.
-	RunSandbox(ctx context.Context, instance string) (sandbox, error)
-	// Sandboxes lists every sandbox that belongs to an Instance: their identity and whether they are ready, no more.
+	// RunSandbox makes the sandbox of a pod and returns when its network is up.
+	RunSandbox(ctx context.Context, pod string) (sandbox, error)
+	// Sandboxes lists every sandbox that belongs to a pod of ours: their identity and whether they are ready, no more.
 	Sandboxes(ctx context.Context) ([]sandbox, error)
 	// Inspect fills in what Sandboxes leaves out.
 	Inspect(ctx context.Context, sandboxID string) (sandbox, error)
 	// RemoveSandbox stops and removes a sandbox, its network and its cgroups. One that is not there is no error.
-	RemoveSandbox(ctx context.Context, sandboxID, instance string) error
+	RemoveSandbox(ctx context.Context, sandboxID, pod string) error
 }
 
 type images interface {
@@ -119,10 +119,10 @@ type containerList interface {
 
 // sandbox is a CRI sandbox.
 type sandbox struct {
-	ID       string
-	Instance string
-	Ready    bool
-	Created  time.Time
+	ID      string
+	Pod     string // by the Instance that it was made for
+	Ready   bool
+	Created time.Time
 	// From here on only Inspect and RunSandbox know.
 	IP      netip.Addr
 	Pid     uint32 // of the pause process, which holds the namespaces

@@ -24,15 +24,21 @@ const cgroupRoot = "/sys/fs/cgroup"
 // cpuPeriod is the length, in microseconds, over which a CPU limit counts.
 const cpuPeriod = 100_000
 
-// cgroups knows where an Instance's cgroups are: PARENT/pod-ID holds the sandbox's and the Function's, in every hierarchy.
+// cgroups knows where an Instance's cgroups are: PARENT/pod-ID holds the sandbox's and the Function's, in every hierarchy, and those
+// of the workers that share the pod.
 type cgroups struct {
 	root   string // where they are mounted: cgroupRoot
 	parent string
 }
 
-func (c cgroups) pod(instance string) string { return filepath.Join(c.parent, "pod-"+instance) }
+func (c cgroups) pod(id string) string { return filepath.Join(c.parent, "pod-"+id) }
 
-func (c cgroups) function(instance string) string { return filepath.Join(c.pod(instance), "fn") }
+func (c cgroups) function(m member) string {
+	if m.pod == m.id {
+		return filepath.Join(c.pod(m.pod), "fn")
+	}
+	return filepath.Join(c.pod(m.pod), "fn-"+m.id)
+}
 
 // unified tells whether cgroup v2 alone is mounted.
 func (c cgroups) unified() bool {
@@ -200,14 +206,14 @@ func rmdir(dir string) error {
 }
 
 // limit sets a Function's memory limit and its share of CPU under contention, before its process is executed.
-func (c cgroups) limit(instance string, r *hearthv1.Resources) error {
+func (c cgroups) limit(m member, r *hearthv1.Resources) error {
 	if bytes := r.GetMemoryBytes(); bytes > 0 {
-		if err := c.set(instance, "memory", "memory.limit_in_bytes", "memory.max", strconv.FormatInt(bytes, 10)); err != nil {
-			return fmt.Errorf("limit memory of %s: %w", instance, err)
+		if err := c.set(m, "memory", "memory.limit_in_bytes", "memory.max", strconv.FormatInt(bytes, 10)); err != nil {
+			return fmt.Errorf("limit memory of %s: %w", m.id, err)
 		}
 		if c.swaps() {
-			if err := writeCgroup(filepath.Join(c.root, c.function(instance), "memory.swap.max"), strconv.FormatInt(bytes, 10)); err != nil {
-				return fmt.Errorf("limit swap of %s: %w", instance, err)
+			if err := writeCgroup(filepath.Join(c.root, c.function(m), "memory.swap.max"), strconv.FormatInt(bytes, 10)); err != nil {
+				return fmt.Errorf("limit swap of %s: %w", m.id, err)
 			}
 		}
 	}
@@ -217,27 +223,27 @@ func (c cgroups) limit(instance string, r *hearthv1.Resources) error {
 		if c.unified() {
 			value = 1 + (shares-2)*9999/262142 // as runc and systemd translate it
 		}
-		if err := c.set(instance, "cpu", "cpu.shares", "cpu.weight", strconv.FormatInt(value, 10)); err != nil {
-			return fmt.Errorf("share of cpu of %s: %w", instance, err)
+		if err := c.set(m, "cpu", "cpu.shares", "cpu.weight", strconv.FormatInt(value, 10)); err != nil {
+			return fmt.Errorf("share of cpu of %s: %w", m.id, err)
 		}
 	}
 	return nil
 }
 
 // set writes a setting of a Function's cgroup: file1 of a hierarchy of version 1, or file2.
-func (c cgroups) set(instance, hierarchy, file1, file2, value string) error {
-	return writeCgroup(c.file(instance, hierarchy, file1, file2), value)
+func (c cgroups) set(m member, hierarchy, file1, file2, value string) error {
+	return writeCgroup(c.file(m, hierarchy, file1, file2), value)
 }
 
 // limitCPU sets a Function's CPU limit, in thousandths of a core. It is set when the Function serves and not before, because a
 // start that is held to half a core takes twice as long.
-func (c cgroups) limitCPU(instance string, millis int64) error {
+func (c cgroups) limitCPU(m member, millis int64) error {
 	value := strconv.FormatInt(max(millis*cpuPeriod/1000, 1000), 10) // the kernel takes no less than 1 ms
 	if c.unified() {
 		value += " " + strconv.Itoa(cpuPeriod)
 	}
-	if err := c.set(instance, "cpu", "cpu.cfs_quota_us", "cpu.max", value); err != nil {
-		return fmt.Errorf("limit cpu of %s: %w", instance, err)
+	if err := c.set(m, "cpu", "cpu.cfs_quota_us", "cpu.max", value); err != nil {
+		return fmt.Errorf("limit cpu of %s: %w", m.id, err)
 	}
 	return nil
 }

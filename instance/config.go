@@ -35,6 +35,11 @@ const (
 	labelLoader     = "hearth.dev/loader"     // "gone" when the Function's process has taken its place
 	labelCode       = "hearth.dev/code"       // key of the snapshot
 	labelCodeChain  = "hearth.dev/code-chain" // of the package's layers
+
+	labelPod    = "hearth.dev/pod"  // of a worker: the Instance in whose sandbox it is
+	labelSlot   = "hearth.dev/slot" // of a worker: its place there
+	labelTenant = "hearth.dev/tenant"
+	labelGroup  = "hearth.dev/group"
 )
 
 // Phase is a part of an image's way to the node, at its real time.

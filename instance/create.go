@@ -35,16 +35,16 @@ func (e *Engine) create(ctx context.Context, req *hearthv1.CreateInstanceRequest
 	if err != nil {
 		return nil, err
 	}
+	if err := e.checkWorker(req); err != nil {
+		return nil, err
+	}
 	if err := e.open(); err != nil {
 		return nil, err
 	}
-	e.mu.Lock()
-	i, known := e.instances[id]
-	if !known {
-		i = newInstance(id, hearthv1.State_STATE_UNSPECIFIED, time.Now())
-		e.instances[id] = i
+	i, known, err := e.enter(id, req.Pod, owner{tenant: req.Tenant, group: req.Group})
+	if err != nil {
+		return nil, err
 	}
-	e.mu.Unlock()
 	if !known {
 		e.beginCreation(i, rt)
 	}
@@ -114,7 +114,7 @@ func (e *Engine) begin(i *instance, deadline time.Time, f func(context.Context))
 	return begun
 }
 
-// makeSandbox makes a sandbox and the containers in it, which wait for a Function.
+// makeSandbox makes a sandbox, or takes that of a worker's pod, and the containers in it, which wait for a Function.
 func (e *Engine) makeSandbox(ctx context.Context, i *instance) (sandbox, launcher, error) {
 	ctx, cancel := context.WithTimeout(ctx, createTime)
 	defer cancel()
@@ -122,16 +122,19 @@ func (e *Engine) makeSandbox(ctx context.Context, i *instance) (sandbox, launche
 	if err := e.backend.Ready(ctx); err != nil { // a half-made sandbox is the most that a call to a broken containerd could give
 		return sandbox{}, nil, err
 	}
-	s, err := e.backend.RunSandbox(ctx, id)
+	s, err := i.pod.sandbox(), error(nil)
+	if !i.worker() {
+		s, err = e.backend.RunSandbox(ctx, id)
+	}
 	if err != nil {
 		return sandbox{}, nil, err
 	}
-	if err := e.writeFiles(id, s); err != nil {
+	if err := e.writeFiles(i, s); err != nil {
 		return s, nil, err
 	}
 	c := e.container(id)
-	c.Sandbox, c.Labels = s, map[string]string{labelNode: e.cfg.Node, labelInstance: id}
-	if c.Spec, err = e.spec(ctx, id, s); err != nil {
+	c.Sandbox, c.Labels = s, i.placeLabels(map[string]string{labelNode: e.cfg.Node, labelInstance: id})
+	if c.Spec, err = e.spec(ctx, i, s); err != nil {
 		return s, nil, err
 	}
 	var l launcher
@@ -154,9 +157,10 @@ func (e *Engine) endCreation(i *instance, s sandbox, l launcher, err error) {
 		i.pid = l.Pid()
 	}
 	if err == nil && i.state == hearthv1.State_STATE_CREATING {
-		if !s.Created.IsZero() {
+		if !s.Created.IsZero() && !i.worker() {
 			i.created = s.Created
 		}
+		i.pod.made(s)
 		e.advance(i, hearthv1.State_STATE_WARM)
 	}
 	if err != nil && i.failure == nil {

@@ -16,20 +16,20 @@ import (
 )
 
 // RunSandbox implements sandboxes.
-func (n *node) RunSandbox(ctx context.Context, instance string) (sandbox, error) {
+func (n *node) RunSandbox(ctx context.Context, pod string) (sandbox, error) {
 	r, err := n.runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: &cri.PodSandboxConfig{
-		Metadata: &cri.PodSandboxMetadata{Name: instance, Uid: instance, Namespace: "hearth"},
-		Hostname: instance,
-		Labels:   map[string]string{labelInstance: instance, labelNode: n.name},
+		Metadata: &cri.PodSandboxMetadata{Name: pod, Uid: pod, Namespace: "hearth"},
+		Hostname: pod,
+		Labels:   map[string]string{labelInstance: pod, labelNode: n.name},
 		Linux: &cri.LinuxPodSandboxConfig{
-			CgroupParent: n.cgroups.pod(instance),
+			CgroupParent: n.cgroups.pod(pod),
 			SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{
 				Network: cri.NamespaceMode_POD, Ipc: cri.NamespaceMode_POD, Pid: cri.NamespaceMode_CONTAINER,
 			}},
 		},
 	}})
 	if err != nil {
-		return sandbox{}, fmt.Errorf("run sandbox of %s: %w", instance, errgrpc.ToNative(err))
+		return sandbox{}, fmt.Errorf("run sandbox of %s: %w", pod, errgrpc.ToNative(err))
 	}
 	return n.Inspect(ctx, r.PodSandboxId)
 }
@@ -44,9 +44,9 @@ func (n *node) Sandboxes(ctx context.Context) ([]sandbox, error) {
 	}
 	var found []sandbox
 	for _, s := range r.Items {
-		if instance, ok := s.Labels[labelInstance]; ok {
+		if pod, ok := s.Labels[labelInstance]; ok {
 			found = append(found, sandbox{
-				ID: s.Id, Instance: instance,
+				ID: s.Id, Pod: pod,
 				Ready: s.State == cri.PodSandboxState_SANDBOX_READY, Created: time.Unix(0, s.CreatedAt),
 			})
 		}
@@ -62,7 +62,7 @@ func (n *node) Inspect(ctx context.Context, sandboxID string) (sandbox, error) {
 	}
 	status := r.GetStatus()
 	s := sandbox{
-		ID: sandboxID, Instance: status.GetLabels()[labelInstance],
+		ID: sandboxID, Pod: status.GetLabels()[labelInstance],
 		Ready: status.GetState() == cri.PodSandboxState_SANDBOX_READY, Created: time.Unix(0, status.GetCreatedAt()),
 	}
 	if !s.Ready {
@@ -94,7 +94,7 @@ func (n *node) Inspect(ctx context.Context, sandboxID string) (sandbox, error) {
 }
 
 // RemoveSandbox implements sandboxes.
-func (n *node) RemoveSandbox(ctx context.Context, sandboxID, instance string) error {
+func (n *node) RemoveSandbox(ctx context.Context, sandboxID, pod string) error {
 	if sandboxID != "" {
 		_, err := n.runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: sandboxID})
 		if err := absent(errgrpc.ToNative(err)); err != nil {
@@ -105,7 +105,7 @@ func (n *node) RemoveSandbox(ctx context.Context, sandboxID, instance string) er
 			return fmt.Errorf("remove sandbox %s: %w", sandboxID, err)
 		}
 	}
-	return n.cgroups.remove(ctx, n.cgroups.pod(instance))
+	return n.cgroups.remove(ctx, n.cgroups.pod(pod))
 }
 
 // namespacePath is where a process's namespace can be joined.

@@ -112,9 +112,7 @@ func (e *Engine) tearDown(ctx context.Context, i *instance, grace time.Duration)
 		functions = append(functions, runtimeLog(i.booted.name))
 	}
 	i.mu.Unlock()
-	e.mu.Lock()
-	delete(e.instances, i.id)
-	e.mu.Unlock()
+	e.drop(i)
 	close(i.done)
 	for _, function := range functions {
 		if err := e.logs.prune(function, e.live); err != nil {
@@ -130,12 +128,12 @@ func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) e
 	i.mu.Lock()
 	box, snapshot := i.sandbox.ID, i.snapshot
 	i.mu.Unlock()
-	if err := e.cgroups.thaw(i.id); err != nil { // a frozen process takes no signal, and answers nothing
+	if err := e.cgroups.thaw(i.place()); err != nil { // a frozen process takes no signal, and answers nothing
 		return err
 	}
 	grace = e.drain(ctx, i, grace)
 	i.letGo()
-	if err := e.backend.StopTask(ctx, containerID(i.id), e.cgroups.function(i.id), grace); err != nil {
+	if err := e.backend.StopTask(ctx, containerID(i.id), e.cgroups.function(i.place()), grace); err != nil {
 		return err
 	}
 	if e.hasSidecar(i.id) {
@@ -150,15 +148,23 @@ func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) e
 		e.shelf.release(snapshot)
 	}
 	e.releaseCode(ctx, i)
-	if err := e.removeSandboxes(ctx, i.id, box); err != nil {
+	if err := e.leavePod(ctx, i, box); err != nil {
 		return err
 	}
 	return os.RemoveAll(e.filesOf(i.id))
 }
 
-// removeSandboxes removes the sandbox of an Instance; if its id is not known, because its creation's answer never came or
-// because a former engine made it, all that bear the Instance's label.
-func (e *Engine) removeSandboxes(ctx context.Context, instance, box string) error {
+// leavePod removes an Instance's cgroup, and its sandbox if nobody else is in that.
+func (e *Engine) leavePod(ctx context.Context, i *instance, box string) error {
+	if !i.pod.leave(i.id) {
+		return e.cgroups.remove(ctx, e.cgroups.function(i.place()))
+	}
+	return e.removeSandboxes(ctx, i.pod.id, box)
+}
+
+// removeSandboxes removes the sandbox of a pod; if its id is not known, because its creation's answer never came or
+// because a former engine made it, all that bear the pod's label.
+func (e *Engine) removeSandboxes(ctx context.Context, pod, box string) error {
 	ids := []string{box}
 	if box == "" {
 		all, err := e.backend.Sandboxes(ctx)
@@ -166,17 +172,17 @@ func (e *Engine) removeSandboxes(ctx context.Context, instance, box string) erro
 			return err
 		}
 		for _, s := range all {
-			if s.Instance == instance {
+			if s.Pod == pod {
 				ids = append(ids, s.ID)
 			}
 		}
 	}
 	for _, id := range ids[1:] {
-		if err := e.backend.RemoveSandbox(ctx, id, instance); err != nil {
+		if err := e.backend.RemoveSandbox(ctx, id, pod); err != nil {
 			return err
 		}
 	}
-	return e.backend.RemoveSandbox(ctx, ids[0], instance)
+	return e.backend.RemoveSandbox(ctx, ids[0], pod)
 }
 
 // live tells whether an Instance is there, so that its log is kept.

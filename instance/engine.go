@@ -50,6 +50,7 @@ type Engine struct {
 
 	mu        sync.Mutex // guards what follows; taken before an instance's mu, never after it
 	instances map[string]*instance
+	pods      map[string]*pod
 	epoch     int64 // highest seen
 }
 
@@ -87,10 +88,13 @@ func newEngine(cfg Config, b backend, c cgroups, proc string) (*Engine, error) {
 		cfg: cfg, log: cfg.Logger, backend: b, cgroups: c, proc: proc,
 		jobs: make(chan func(context.Context)), stopped: make(chan struct{}), opened: make(chan struct{}),
 		check:     make(chan struct{}, 1),
-		instances: map[string]*instance{},
+		instances: map[string]*instance{}, pods: map[string]*pod{},
 	}
 	var err error
-	if e.metrics, err = newMetrics(cfg.Registerer); err != nil {
+	if e.metrics, err = newMetrics(cfg.Registerer); err == nil {
+		err = cfg.Registerer.Register(newUsage(e))
+	}
+	if err != nil {
 		return nil, fmt.Errorf("instance engine: %w", err)
 	}
 	e.hub = newHub()

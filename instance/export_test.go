@@ -127,22 +127,25 @@ func EndPending(status []byte) bool         { return endPending(status) }
 // Freezer is that of an Instance's cgroup PARENT/pod-x/fn, below root.
 type Freezer struct{ c cgroups }
 
+// memberX is the Instance that it is of.
+var memberX = member{"x", "x"}
+
 // NewFreezer makes one.
 func NewFreezer(root, parent string) Freezer { return Freezer{cgroups{root: root, parent: parent}} }
 
 // Directory is the cgroup's: in the freezer's hierarchy, where there are several.
 func (f Freezer) Directory() string {
-	return filepath.Dir(f.c.file("x", "freezer", "freezer.state", "cgroup.freeze"))
+	return filepath.Dir(f.c.file(memberX, "freezer", "freezer.state", "cgroup.freeze"))
 }
 
 // Freeze freezes it.
-func (f Freezer) Freeze(ctx context.Context) error { return f.c.freeze(ctx, "x") }
+func (f Freezer) Freeze(ctx context.Context) error { return f.c.freeze(ctx, memberX) }
 
 // Thaw thaws it.
-func (f Freezer) Thaw() error { return f.c.thaw("x") }
+func (f Freezer) Thaw() error { return f.c.thaw(memberX) }
 
 // Thawed tells whether it is.
-func (f Freezer) Thawed() (bool, error) { return f.c.thawed("x") }
+func (f Freezer) Thawed() (bool, error) { return f.c.thawed(memberX) }
 
 // Loader is the conversation with a loader.
 type Loader struct{ *loader }

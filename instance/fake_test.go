@@ -52,6 +52,7 @@ type fake struct {
 	mounted    map[string][]string            // paths, by container
 	views      map[string]string              // image by key
 	sidecars   map[string]*fakeSidecar        // by container
+	cgroups    sync.Map                       // paths, by Instance, once it has a container
 }
 
 func newFake(t *testing.T) *fake {
@@ -60,8 +61,7 @@ func newFake(t *testing.T) *fake {
 		host:      t.TempDir(),
 		sandboxes: map[string]instance.Sandbox{}, containers: map[string]instance.ContainerInfo{}, snapshots: map[string]bool{},
 		images: map[string]bool{}, launched: map[string]bool{}, listens: true, exits: make(chan instance.Exit), crash: make(chan struct{}),
-		loaders: map[string]bool{}, mounted: map[string][]string{}, views: map[string]string{}, sidecars: map[string]*fakeSidecar{},
-	}
+		loaders: map[string]bool{}, mounted: map[string][]string{}, views: map[string]string{}, sidecars: map[string]*fakeSidecar{}}
 }
 
 func (f *fake) locked(do func() error) error {
@@ -77,7 +77,7 @@ func (f *fake) RunSandbox(ctx context.Context, id string) (s instance.Sandbox, e
 	err = f.locked(func() error {
 		f.next++
 		s = instance.Sandbox{
-			ID: fmt.Sprintf("box-%d", f.next), Instance: id, Ready: true, Created: time.Now(),
+			ID: fmt.Sprintf("box-%d", f.next), Pod: id, Ready: true, Created: time.Now(),
 			IP: netip.AddrFrom4([4]byte{10, 0, byte(f.next >> 8), byte(f.next)}), Pid: uint32(f.next), Netns: uint64(f.next),
 		}
 		f.sandboxes[s.ID] = s
@@ -188,7 +188,11 @@ func (f *fake) PreparedSnapshots(context.Context) (keys []string, err error) {
 
 // cgroupFile is a file of an Instance's cgroup.
 func (f *fake) cgroupFile(id, hierarchy, name string) string {
-	return filepath.Join(f.host, "cgroup", hierarchy, "hearth-fake", "pod-"+id, "fn", name)
+	path, made := f.cgroups.Load(id)
+	if !made {
+		path = filepath.Join("hearth-fake", "pod-"+id, "fn")
+	}
+	return filepath.Join(f.host, "cgroup", hierarchy, path.(string), name)
 }
 
 // makeCgroup makes an Instance's cgroup as version 1 has them, with its freezer in a state.
@@ -196,6 +200,7 @@ func (f *fake) makeCgroup(id, state string) error {
 	for path, text := range map[string]string{
 		f.cgroupFile(id, "freezer", "freezer.state"):        state,
 		f.cgroupFile(id, "memory", "memory.usage_in_bytes"): "3145728",
+		f.cgroupFile(id, "cpuacct", "cpuacct.usage"):        "1500000000",
 		f.cgroupFile(id, "memory", "memory.stat"):           "total_inactive_file 1048576\n",
 	} {
 		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o644)); err != nil {
@@ -228,6 +233,7 @@ func (f *fake) CreateTask(_ context.Context, c instance.Container) (instance.Lau
 			return errdefs.ErrAlreadyExists
 		}
 		f.containers[c.ID] = instance.ContainerInfo{ID: c.ID, Labels: c.Labels, Running: true}
+		f.cgroups.Store(strings.TrimSuffix(c.ID, ".fn"), c.Spec.Linux.CgroupsPath)
 		return f.makeCgroup(strings.TrimSuffix(c.ID, ".fn"), "THAWED")
 	})
 	return &fakeLauncher{f, c.ID}, err
@@ -300,6 +306,11 @@ func (f *fake) StopTask(_ context.Context, id, _ string, grace time.Duration) er
 		}
 		f.grace = grace
 		delete(f.containers, id)
+		for _, hierarchy := range []string{"cpuacct", "freezer", "memory"} {
+			if err := os.RemoveAll(f.cgroupFile(strings.TrimSuffix(id, ".fn"), hierarchy, "")); err != nil {
+				return err
+			}
+		}
 		return nil
 	})
 }

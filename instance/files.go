@@ -37,7 +37,8 @@ func (e *Engine) outputOf(id string) string { return filepath.Join(e.filesOf(id)
 func (e *Engine) controlOf(id string) string { return filepath.Join(e.filesOf(id), "control") }
 
 // writeFiles writes what the CRI would mount into a container of the sandbox, before anyone needs it.
-func (e *Engine) writeFiles(id string, s sandbox) error {
+func (e *Engine) writeFiles(i *instance, s sandbox) error {
+	id, host := i.id, i.pod.id
 	resolv, err := resolvConf(e.cfg.ResolvConf)
 	if err != nil {
 		return err
@@ -46,7 +47,7 @@ func (e *Engine) writeFiles(id string, s sandbox) error {
 	if err := os.MkdirAll(e.controlOf(id), 0o755); err != nil {
 		return fmt.Errorf("files of instance %s: %w", id, err)
 	}
-	hosts := "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" + s.IP.String() + "\t" + id + "\n"
+	hosts := "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" + s.IP.String() + "\t" + host + "\n"
 	output, err := os.OpenFile(e.outputOf(id), os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
 		return fmt.Errorf("files of instance %s: %w", id, err)
@@ -55,7 +56,7 @@ func (e *Engine) writeFiles(id string, s sandbox) error {
 		return fmt.Errorf("files of instance %s: %w", id, err)
 	}
 	for name, text := range map[string][]byte{
-		fileHosts: []byte(hosts), fileHostname: []byte(id + "\n"), fileResolvConf: resolv,
+		fileHosts: []byte(hosts), fileHostname: []byte(host + "\n"), fileResolvConf: resolv,
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), text, 0o644); err != nil {
 			return fmt.Errorf("files of instance %s: %w", id, err)

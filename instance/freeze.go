@@ -83,7 +83,7 @@ func (e *Engine) freeze(ctx context.Context, req *hearthv1.FreezeRequest) (*hear
 		return nil, f.err
 	}
 	if req.Reclaim {
-		e.spawn(func(context.Context) { e.cgroups.reclaim(i.id, f.answer.MemoryBytes) }) // it may take a while, and nobody waits for it
+		e.spawn(func(context.Context) { e.cgroups.reclaim(i.place(), f.answer.MemoryBytes) }) // it may take a while, and nobody waits for it
 	}
 	return f.answer, nil
 }
@@ -105,7 +105,7 @@ func (e *Engine) beginFreeze(i *instance) (*freezing, error) {
 	}
 	recorded := i.recorded
 	begun := e.begin(i, time.Now().Add(freezeTime), func(ctx context.Context) {
-		noted, err := e.stopFunction(ctx, i.id, recorded)
+		noted, err := e.stopFunction(ctx, i, recorded)
 		e.endFreeze(i, f, noted, err)
 	})
 	if !begun {
@@ -117,18 +117,18 @@ func (e *Engine) beginFreeze(i *instance) (*freezing, error) {
 
 // stopFunction notes with containerd that an Instance is frozen and then freezes it, in this order: whatever is killed in between,
 // one that is noted and runs is none that a claim is sure of, and it is discarded. What it serves has to be recorded before.
-func (e *Engine) stopFunction(ctx context.Context, id string, recorded <-chan struct{}) (frozen, error) {
+func (e *Engine) stopFunction(ctx context.Context, i *instance, recorded <-chan struct{}) (frozen, error) {
 	noted := frozen{since: time.Now()}
 	select {
 	case <-recorded:
 	case <-ctx.Done():
 		return noted, fmt.Errorf("%w: %w", errUnrecorded, ctx.Err())
 	}
-	if err := e.noteFrozen(ctx, id, noted.since); err != nil {
+	if err := e.noteFrozen(ctx, i.id, noted.since); err != nil {
 		return noted, fmt.Errorf("%w: %w", errUnrecorded, err)
 	}
 	var err error
-	noted.bytes, err = e.hold(ctx, id)
+	noted.bytes, err = e.hold(ctx, i)
 	return noted, err
 }
 
@@ -138,15 +138,15 @@ func (e *Engine) noteFrozen(ctx context.Context, id string, since time.Time) err
 }
 
 // hold stops the processes and says how much memory they keep.
-func (e *Engine) hold(ctx context.Context, id string) (int64, error) {
+func (e *Engine) hold(ctx context.Context, i *instance) (int64, error) {
 	ctx, cancel := context.WithTimeout(ctx, stopTime)
 	defer cancel()
-	if err := e.cgroups.freeze(ctx, id); err != nil {
+	if err := e.cgroups.freeze(ctx, i.place()); err != nil {
 		return 0, err
 	}
-	used, err := e.cgroups.memory(id)
+	used, err := e.cgroups.memory(i.place())
 	if err != nil {
-		e.log.Warn("memory of a frozen instance not known", "instance", id, "error", err)
+		e.log.Warn("memory of a frozen instance not known", "instance", i.id, "error", err)
 	}
 	return used, nil
 }
@@ -220,7 +220,7 @@ func (e *Engine) thaw(ctx context.Context, i *instance, a *activation) error {
 	if told != nil {
 		resumed = told.Thawed(ctx, frozenFor)
 	}
-	if err := e.cgroups.thaw(i.id); err != nil {
+	if err := e.cgroups.thaw(i.place()); err != nil {
 		return err
 	}
 	a.trace.since(phaseThaw, begin)

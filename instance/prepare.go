@@ -27,6 +27,9 @@ func (e *Engine) prepare(ctx context.Context, req *hearthv1.PrepareRevisionReque
 	if err != nil {
 		return nil, err
 	}
+	if err := e.mayShare(req.Revision.Group); err != nil {
+		return nil, err
+	}
 	if req.Snapshots < 0 || req.Snapshots > maxSnapshots {
 		return nil, invalid("%d snapshots are not between 0 and %d", req.Snapshots, maxSnapshots)
 	}

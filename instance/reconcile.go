@@ -25,10 +25,11 @@ const adoptedAtOnce = 256
 // unknownStatus stands for the exit status of a process whose end nobody saw.
 const unknownStatus = 255
 
-// survey is what containerd holds of ours, by Instance.
+// survey is what containerd holds of ours.
 type survey struct {
-	sandboxes  map[string][]sandbox
-	containers map[string]containerInfo
+	sandboxes  map[string][]sandbox     // by pod
+	containers map[string]containerInfo // by Instance
+	shared     map[string]bool          // pods with workers
 	snapshots  []string
 }
 
@@ -45,21 +46,25 @@ func (e *Engine) survey(ctx context.Context) (*survey, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &survey{sandboxes: map[string][]sandbox{}, containers: map[string]containerInfo{}, snapshots: keys}
+	s := &survey{sandboxes: map[string][]sandbox{}, containers: map[string]containerInfo{}, shared: map[string]bool{}, snapshots: keys}
 	for _, c := range containers {
 		s.containers[c.Labels[labelInstance]] = c
+		s.shared[c.Labels[labelPod]] = true
 	}
 	for _, b := range boxes {
-		s.sandboxes[b.Instance] = append(s.sandboxes[b.Instance], b)
+		s.sandboxes[b.Pod] = append(s.sandboxes[b.Pod], b)
 	}
 	return s, nil
 }
 
-// ids are those of all Instances that the survey has seen something of.
+// ids are those of all Instances that the survey has seen something of. A pod in which workers are is theirs, and no sign of the
+// Instance that it was made for.
 func (s *survey) ids() map[string]bool {
 	ids := map[string]bool{}
 	for id := range s.sandboxes {
-		ids[id] = true
+		if !s.shared[id] {
+			ids[id] = true
+		}
 	}
 	for id := range s.containers {
 		ids[id] = true
@@ -100,9 +105,14 @@ func (e *Engine) reconcile(ctx context.Context) error {
 	return nil
 }
 
-// seen returns the version of every Instance.
+// seen returns the version of every Instance, and 0 for a pod whose own has gone.
 func (e *Engine) seen() map[string]int64 {
 	all := map[string]int64{}
+	e.mu.Lock()
+	for id := range e.pods {
+		all[id] = 0
+	}
+	e.mu.Unlock()
 	for _, i := range e.all() {
 		i.mu.Lock()
 		all[i.id] = i.version
@@ -115,6 +125,9 @@ func (e *Engine) seen() map[string]int64 {
 // or as many of them as fill reconcileTime would have every attempt fail.
 func (e *Engine) rebuild(ctx context.Context, s *survey) error {
 	var mu sync.Mutex // guards found
+	e.mu.Lock()
+	clear(e.pods) // of an attempt that was broken off
+	e.mu.Unlock()
 	var found []*instance
 	work, adopting := errgroup.WithContext(ctx)
 	work.SetLimit(adoptedAtOnce)
@@ -152,8 +165,11 @@ func (e *Engine) rebuild(ctx context.Context, s *survey) error {
 // adopt makes an Instance of what is there: Warm, Serving, Frozen or, with the reason as error, one that has to be discarded.
 func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, error) {
 	c := s.containers[id]
-	i := orphan(id, c)
-	boxes := s.sandboxes[id]
+	i, err := e.orphan(id, c)
+	if err != nil {
+		return i, err
+	}
+	boxes := s.sandboxes[i.pod.id]
 	if len(boxes) != 1 || !boxes[0].Ready {
 		return i, fmt.Errorf("it has %d sandboxes or one that has ended", len(boxes))
 	}
@@ -164,11 +180,12 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	if err != nil {
 		return i, err
 	}
-	if err := e.writeFiles(id, box); err != nil {
+	if err := e.writeFiles(i, box); err != nil {
 		return i, err
 	}
+	i.pod.made(box)
 	i.sandbox, i.created = box, box.Created
-	runs, err := e.cgroups.thawed(id)
+	runs, err := e.cgroups.thawed(i.place())
 	if err != nil {
 		return i, err
 	}
@@ -237,7 +254,7 @@ func (e *Engine) adoptFrozen(ctx context.Context, i *instance, c containerInfo) 
 			return err
 		}
 	}
-	used, err := e.hold(ctx, i.id)
+	used, err := e.hold(ctx, i)
 	if err != nil {
 		return fmt.Errorf("it does not freeze: %s", err) // its kind is nothing of containerd's
 	}
@@ -246,17 +263,25 @@ func (e *Engine) adoptFrozen(ctx context.Context, i *instance, c containerInfo) 
 	return nil
 }
 
-// orphan is an Instance of which nothing is known but what its container's labels say. Its state is Draining.
-func orphan(id string, c containerInfo) *instance {
-	i := newInstance(id, hearthv1.State_STATE_DRAINING, time.Now())
+// orphan is an Instance of which nothing is known but what its container's labels say. Its state is Draining. It is an error if they
+// are of somebody who cannot be in that pod.
+func (e *Engine) orphan(id string, c containerInfo) (*instance, error) {
+	in := podOf(c.Labels)
+	if checkInstanceID(in) != nil {
+		in = id // it has no container, or one with labels that are not ours
+	}
+	i := newInstance(id, e.podThere(in))
+	i.slot, _ = strconv.Atoi(c.Labels[labelSlot]) // 0 when malformed, as the first has it
+	i.state = hearthv1.State_STATE_DRAINING
 	close(i.warm)
 	close(i.recorded)
 	i.pid = c.Pid
 	i.version, _ = strconv.ParseInt(c.Labels[labelVersion], 10, 64) // 0 when malformed: none
 	i.image, i.chainID, i.snapshot = c.Labels[labelImage], c.Labels[labelChain], c.Snapshot
 	i.booted = bootedBefore(i, c.Labels)
+	whose := owner{tenant: c.Labels[labelTenant], group: c.Labels[labelGroup]}
 	if c.Labels[labelClaim] == "" {
-		return i
+		return i, i.pod.restore(id, i.slot, whose)
 	}
 	if key := c.Labels[labelCode]; key != "" {
 		i.code = &codeView{key: key, chainID: c.Labels[labelCodeChain]}
@@ -267,9 +292,9 @@ func orphan(id string, c containerInfo) *instance {
 	i.claim = &hearthv1.Claim{Id: c.Labels[labelClaim], Epoch: epoch}
 	i.revision = &hearthv1.Revision{
 		Name: c.Labels[labelRevision], Function: c.Labels[labelFunction], Image: c.Labels[labelImage], Port: int32(port),
-		Resources: &hearthv1.Resources{CpuMillis: cpu},
+		Resources: &hearthv1.Resources{CpuMillis: cpu}, Tenant: whose.tenant, Group: whose.group,
 	}
-	return i
+	return i, i.pod.restore(id, i.slot, ownerOf(i.revision, id))
 }
 
 // install makes an adopted Instance known, and has it discarded if that is what became of it.
@@ -304,7 +329,7 @@ func (e *Engine) install(i *instance) {
 	case hearthv1.State_STATE_DRAINING:
 		e.end(i, hearthv1.State_STATE_DRAINING, 0)
 	case hearthv1.State_STATE_SERVING, hearthv1.State_STATE_FROZEN:
-		e.limitCPU(i.id, i.revision.GetResources().GetCpuMillis())
+		e.limitCPU(i, i.revision.GetResources().GetCpuMillis())
 		fallthrough
 	case hearthv1.State_STATE_WARM:
 		e.watchProcess(i, i.pid)
@@ -323,11 +348,12 @@ func (e *Engine) compare(s *survey, before map[string]int64) {
 		}
 	}
 	for id := range s.ids() {
-		if _, was := before[id]; was || e.live(id) || checkInstanceID(id) != nil {
+		if _, was := before[id]; was || e.live(id) || e.hasPod(id) || checkInstanceID(id) != nil {
 			continue
 		}
-		e.log.Warn("sandbox or container of no instance is removed", "instance", id)
-		e.install(orphan(id, s.containers[id]))
+		i, err := e.orphan(id, s.containers[id])
+		e.log.Warn("sandbox or container of no instance is removed", "instance", id, "error", err)
+		e.install(i)
 	}
 }
 
@@ -335,13 +361,13 @@ func (e *Engine) compare(s *survey, before map[string]int64) {
 func (e *Engine) compareOne(i *instance, s *survey, state hearthv1.State, version int64, box string) {
 	c, ok := s.containers[i.id]
 	switch {
-	case !alive(s.sandboxes[i.id], box):
+	case !alive(s.sandboxes[i.pod.id], box):
 		e.log.Warn("sandbox has gone", "instance", i.id)
 		e.end(i, hearthv1.State_STATE_GONE, 0)
 	case c.Ended, state != hearthv1.State_STATE_CLAIMED && !(ok && c.Running):
 		e.processEnded(i, unknownStatus)
 	case state == hearthv1.State_STATE_FROZEN:
-		if runs, err := e.cgroups.thawed(i.id); err == nil && runs {
+		if runs, err := e.cgroups.thawed(i.place()); err == nil && runs {
 			e.endFrozen(i, version, "somebody else has thawed it")
 		}
 	}

@@ -186,7 +186,7 @@ func (e *Engine) bootWarm(ctx context.Context, i *instance, rt *hearthv1.Runtime
 	i.mu.Lock()
 	box, r := i.sandbox, record{ID: containerID(i.id), Image: i.image, Snapshot: i.snapshot, Labels: i.labels(e.cfg.Node)}
 	i.mu.Unlock()
-	if r.Spec, err = e.spec(ctx, i.id, box); err != nil {
+	if r.Spec, err = e.spec(ctx, i, box); err != nil {
 		return err
 	}
 	become(r.Spec.Process, p)
@@ -207,7 +207,7 @@ func (e *Engine) boot(ctx context.Context, i *instance, rt *hearthv1.Runtime, t 
 	if err != nil {
 		return nil, err
 	}
-	p, err := loaderProcess(i.id, img, root.User, rt)
+	p, err := loaderProcess(i.pod.id, img, root.User, rt)
 	if err != nil {
 		return nil, err
 	}

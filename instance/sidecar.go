@@ -91,8 +91,8 @@ func (e *Engine) sidecarContainer(id string) container {
 
 // sidecarSpec is the Function's less all that a program needs not which only forwards: no capability, no user, no file but its
 // socket. It has a cgroup of its own, so that it goes on when the Function is frozen.
-func (e *Engine) sidecarSpec(ctx context.Context, id string, box sandbox) (*specs.Spec, error) {
-	s, err := e.spec(ctx, id, box)
+func (e *Engine) sidecarSpec(ctx context.Context, i *instance, box sandbox) (*specs.Spec, error) {
+	s, err := e.spec(ctx, i, box)
 	if err != nil {
 		return nil, err
 	}
@@ -103,9 +103,9 @@ func (e *Engine) sidecarSpec(ctx context.Context, id string, box sandbox) (*spec
 	s.Process.OOMScoreAdj = &score
 	s.Mounts = slices.DeleteFunc(s.Mounts, func(m specs.Mount) bool { return m.Destination != "/proc" && m.Destination != "/dev" })
 	s.Mounts = append(s.Mounts, specs.Mount{
-		Destination: sidecarControl, Type: "bind", Source: e.sidecarOf(id), Options: []string{"bind", "rprivate", "rw", "nosuid", "nodev", "noexec"},
+		Destination: sidecarControl, Type: "bind", Source: e.sidecarOf(i.id), Options: []string{"bind", "rprivate", "rw", "nosuid", "nodev", "noexec"},
 	})
-	s.Linux.CgroupsPath = e.cgroups.sidecar(id)
+	s.Linux.CgroupsPath = e.cgroups.sidecar(i.id)
 	if s.Linux.Resources == nil {
 		s.Linux.Resources = &specs.LinuxResources{}
 	}
@@ -122,7 +122,7 @@ func (e *Engine) besideSidecar(ctx context.Context, i *instance, box sandbox, do
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return do(ctx) })
 	group.Go(func() error {
-		made, err := e.makeSidecar(ctx, i.id, box)
+		made, err := e.makeSidecar(ctx, i, box)
 		if err != nil {
 			return err
 		}
@@ -135,7 +135,8 @@ func (e *Engine) besideSidecar(ctx context.Context, i *instance, box sandbox, do
 	return group.Wait()
 }
 
-func (e *Engine) makeSidecar(ctx context.Context, id string, box sandbox) (sidecar, error) {
+func (e *Engine) makeSidecar(ctx context.Context, i *instance, box sandbox) (sidecar, error) {
+	id := i.id
 	dir := e.sidecarOf(id)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("sidecar of instance %s: %w", id, err)
@@ -146,7 +147,7 @@ func (e *Engine) makeSidecar(ctx context.Context, id string, box sandbox) (sidec
 	c := e.sidecarContainer(id)
 	c.Sandbox, c.Labels = box, map[string]string{labelNode: e.cfg.Node, labelInstance: id}
 	var err error
-	if c.Spec, err = e.sidecarSpec(ctx, id, box); err != nil {
+	if c.Spec, err = e.sidecarSpec(ctx, i, box); err != nil {
 		return nil, err
 	}
 	return e.backend.CreateSidecar(ctx, c)

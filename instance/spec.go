@@ -35,12 +35,12 @@ var capabilities = []string{
 // everything else its own, and the restrictions that the CRI gives an ordinary container, plus no new privileges, fewer
 // capabilities, and bounds for processes and memory. The Function's process inherits them all. Its tmpfs (/run, /dev, /dev/shm)
 // have 64 MiB each and count as its memory.
-func (e *Engine) spec(ctx context.Context, id string, box sandbox) (*specs.Spec, error) {
+func (e *Engine) spec(ctx context.Context, i *instance, box sandbox) (*specs.Spec, error) {
 	// containerd's own defaults: capabilities, mounts, masked and read-only paths, devices. They depend on nothing but the name.
 	ctx = namespaces.WithNamespace(ctx, e.cfg.Namespace)
-	s, err := oci.GenerateSpec(ctx, nil, &containers.Container{ID: containerID(id)})
+	s, err := oci.GenerateSpec(ctx, nil, &containers.Container{ID: containerID(i.id)})
 	if err != nil {
-		return nil, fmt.Errorf("spec of instance %s: %w", id, err)
+		return nil, fmt.Errorf("spec of instance %s: %w", i.id, err)
 	}
 	score := oomScore
 	s.Root = &specs.Root{Path: e.launcherRoot, Readonly: true}
@@ -50,9 +50,9 @@ func (e *Engine) spec(ctx context.Context, id string, box sandbox) (*specs.Spec,
 	s.Process.NoNewPrivileges = true
 	s.Process.OOMScoreAdj = &score
 	s.Process.Rlimits = nil // the shim's, as with the CRI
-	s.Mounts = append(s.Mounts, e.mounts(id)...)
+	s.Mounts = append(s.Mounts, e.mounts(i.id)...)
 	s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities}
-	s.Linux.CgroupsPath = e.cgroups.function(id)
+	s.Linux.CgroupsPath = e.cgroups.function(i.place())
 	s.Linux.Resources.Pids = &specs.LinuxPids{Limit: &e.cfg.PidsLimit}
 	s.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &e.cfg.MemoryBytes}
 	if e.cgroups.swaps() {
@@ -74,26 +74,26 @@ func (e *Engine) spec(ctx context.Context, id string, box sandbox) (*specs.Spec,
 }
 
 // functionProcess is what the launcher becomes.
-func functionProcess(id string, img *image, user specs.User, r *hearthv1.Revision) (*specs.Process, error) {
+func functionProcess(host string, img *image, user specs.User, r *hearthv1.Revision) (*specs.Process, error) {
 	args, err := command(img.Config, r)
 	if err != nil {
 		return nil, err
 	}
 	port := map[string]string{"PORT": strconv.Itoa(int(r.Port))} // the engine waits on this one, whatever else is said
 	return &specs.Process{
-		Args: args, Env: environment(img.Config.Env, id, r.Env, port), Cwd: workdir(img.Config.WorkingDir), User: user,
+		Args: args, Env: environment(img.Config.Env, host, r.Env, port), Cwd: workdir(img.Config.WorkingDir), User: user,
 	}, nil
 }
 
 // loaderProcess is what the launcher becomes for a Runtime.
-func loaderProcess(id string, img *image, user specs.User, rt *hearthv1.Runtime) (*specs.Process, error) {
+func loaderProcess(host string, img *image, user specs.User, rt *hearthv1.Runtime) (*specs.Process, error) {
 	args := slices.Concat(img.Config.Entrypoint, img.Config.Cmd)
 	if len(args) == 0 {
 		return nil, invalid("image of runtime %s has no entrypoint", rt.Name)
 	}
 	preload := map[string]string{"HEARTH_PRELOAD": strings.Join(rt.Preload, ",")}
 	return &specs.Process{
-		Args: args, Env: environment(img.Config.Env, id, rt.Env, preload), Cwd: workdir(img.Config.WorkingDir), User: user,
+		Args: args, Env: environment(img.Config.Env, host, rt.Env, preload), Cwd: workdir(img.Config.WorkingDir), User: user,
 	}, nil
 }
 
@@ -118,7 +118,7 @@ func command(img ocispec.ImageConfig, r *hearthv1.Revision) ([]string, error) {
 }
 
 // environment is the image's, then what Hearth says, then what else is given, later ones winning.
-func environment(img []string, id string, more ...map[string]string) []string {
+func environment(img []string, host string, more ...map[string]string) []string {
 	env := map[string]string{
 		"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 	}
@@ -127,7 +127,7 @@ func environment(img []string, id string, more ...map[string]string) []string {
 			env[k] = v
 		}
 	}
-	env["HOSTNAME"] = id
+	env["HOSTNAME"] = host
 	for _, m := range more {
 		maps.Copy(env, m)
 	}

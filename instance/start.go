@@ -43,10 +43,10 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 	if err != nil {
 		return err
 	}
-	if a.process, err = functionProcess(i.id, img, root.User, a.revision); err != nil {
+	if a.process, err = functionProcess(i.pod.id, img, root.User, a.revision); err != nil {
 		return err
 	}
-	if err := e.cgroups.limit(i.id, a.revision.GetResources()); err != nil {
+	if err := e.cgroups.limit(i.place(), a.revision.GetResources()); err != nil {
 		return err
 	}
 	if err := e.mount(ctx, launcher, a); err != nil { // /run goes with the process into its root

@@ -16,9 +16,11 @@ import (
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
 
-// instance is one Instance. Its id never changes; everything else is guarded by mu, which is never held over I/O.
+// instance is one Instance. Its id and place never change; everything else is guarded by mu, which is never held over I/O.
 type instance struct {
 	id        string
+	pod       *pod
+	slot      int           // in the pod
 	done      chan struct{} // closed when nothing is left of it
 	ready     chan struct{} // closed when its sidecar has told so
 	readyOnce sync.Once
@@ -58,9 +60,9 @@ type work struct {
 	done   chan struct{}
 }
 
-func newInstance(id string, state hearthv1.State, created time.Time) *instance {
+func newInstance(id string, in *pod) *instance {
 	return &instance{
-		id: id, state: state, created: created,
+		id: id, pod: in, created: time.Now(),
 		done: make(chan struct{}), ready: make(chan struct{}), warm: make(chan struct{}), exited: make(chan struct{}),
 		recorded: make(chan struct{}),
 	}
@@ -88,8 +90,9 @@ func (i *instance) letGo() {
 
 // proto describes the Instance; mu must be held.
 func (i *instance) proto(node string) *hearthv1.Instance {
+	o := i.pod.whose()
 	p := &hearthv1.Instance{
-		Id: i.id, Node: node, State: i.state, Degree: hearthv1.Degree_DEGREE_SANDBOX,
+		Id: i.id, Pod: i.pod.id, Tenant: o.tenant, Group: o.group, Node: node, State: i.state, Degree: hearthv1.Degree_DEGREE_SANDBOX,
 		Address: i.address, CreatedAt: timestamppb.New(i.created),
 		Function: i.revision.GetFunction(), Revision: i.revision.GetName(), Version: i.version,
 	}
@@ -175,8 +178,8 @@ func (v *versions) seen(n int64) {
 
 // labels of the container of an Instance that serves, or in which a Runtime waits; mu must be held.
 func (i *instance) labels(node string) map[string]string {
-	list := map[string]string{labelNode: node, labelInstance: i.id, labelImage: i.image, labelChain: i.chainID,
-		labelVersion: strconv.FormatInt(i.version, 10)}
+	list := i.placeLabels(map[string]string{labelNode: node, labelInstance: i.id, labelImage: i.image, labelChain: i.chainID,
+		labelVersion: strconv.FormatInt(i.version, 10)})
 	if i.booted != nil {
 		i.booted.labels(list)
 	}

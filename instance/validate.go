@@ -55,6 +55,41 @@ func invalid(format string, args ...any) error {
 // checkInstanceID leaves room for the suffix that the container's id gets: containerd takes 76 characters.
 func checkInstanceID(id string) error { return checkLabel("instance id", id) }
 
+// checkGroup accepts no tenant, and no group.
+func checkGroup(tenant, group string) error {
+	var errs []error
+	if tenant != "" {
+		errs = append(errs, checkLabel("tenant", tenant))
+	}
+	if group != "" {
+		errs = append(errs, checkLabel("group", group))
+	}
+	return errors.Join(errs...)
+}
+
+// checkWorker checks where a new Instance is to be: in a group's pod, or with neither.
+func (e *Engine) checkWorker(r *hearthv1.CreateInstanceRequest) error {
+	if r.Pod == "" {
+		if r.Tenant != "" || r.Group != "" {
+			return invalid("a tenant and a group are those of a pod, and none is named")
+		}
+		return nil
+	}
+	if r.Group == "" {
+		return invalid("pod %.80q is named without the group that shares it", r.Pod)
+	}
+	return errors.Join(checkLabel("pod", r.Pod), checkGroup(r.Tenant, r.Group), e.mayShare(r.Group))
+}
+
+// mayShare refuses Functions of a group where Instances have sidecars: these listen on a port of their own, which only one of a pod
+// can have.
+func (e *Engine) mayShare(group string) error {
+	if group != "" && e.cfg.Sidecar != "" {
+		return invalid("functions of group %q share a pod, which cannot be with sidecars: run nodeagent with --sidecar none, or deploy without --merge", group)
+	}
+	return nil
+}
+
 func checkClaim(c *hearthv1.Claim) error {
 	if c == nil {
 		return invalid("claim is missing")
@@ -82,6 +117,9 @@ func checkRevision(r *hearthv1.Revision) (image, code string, err error) {
 	}
 	if len(r.Name) > maxRevision || !isLabel(r.Name) {
 		return "", "", invalid("revision %q is not a DNS label of at most %d characters", r.Name, maxRevision)
+	}
+	if err := checkGroup(r.Tenant, r.Group); err != nil {
+		return "", "", err
 	}
 	if r.Port < 1 || r.Port > 65535 {
 		return "", "", invalid("port %d is not between 1 and 65535", r.Port)

@@ -242,18 +242,21 @@ func (m *Manager) dispatch(now time.Time) {
 	}
 	limit := m.config.ClaimsPerNode * m.upNodes()
 	turns, total := m.turns(now)
+	seats := seating{}
 	for total < limit {
 		next := fairest(turns, max(1, limit*3/4))
 		if next < 0 {
 			return
 		}
 		t := &turns[next]
-		i := m.pick(m.functions[t.function])
+		f := m.functions[t.function]
+		i := m.pick(f, m.seat(now, seats, f))
 		if i == nil {
 			turns = slices.Delete(turns, next, next+1) // others may take what this one cannot
 			continue
 		}
-		m.activate(now, m.functions[t.function], t.queue[0], i)
+		m.activate(now, f, t.queue[0], i)
+		delete(seats, groupOf(f.spec)) // they are other ones now
 		total++
 		t.inFlight++
 		if t.queue = t.queue[1:]; len(t.queue) == 0 {
@@ -287,8 +290,9 @@ func (m *Manager) turns(now time.Time) (turns []turn, total int) {
 }
 
 // pick chooses an Instance for a Function, or none: one that is frozen with its Revision, a booted one of its Runtime, a sandbox. A
-// sandbox can become anything, but an image is never put into a booted Runtime.
-func (m *Manager) pick(f *function) *instance {
+// sandbox can become anything, but an image is never put into a booted Runtime. What is to be in a pod that it shares is there, or
+// waited for.
+func (m *Manager) pick(f *function, pod string) *instance {
 	var all []*instance
 	var candidates []candidate
 	add := func(s set, degree hearthv1.Degree) {
@@ -304,12 +308,19 @@ func (m *Manager) pick(f *function) *instance {
 	if frozen := m.frozenOf(f); len(frozen) > 0 {
 		add(frozen, hearthv1.Degree_DEGREE_REVISION)
 	}
-	if own := m.kindFor(f.name); len(all) == 0 && own.runtime != "" {
+	own, degree := m.kindFor(f.name).in(pod), hearthv1.Degree_DEGREE_RUNTIME
+	if own.runtime == "" {
+		degree = hearthv1.Degree_DEGREE_SANDBOX
+	}
+	if pod == "" {
+		own = own.ground()
+	}
+	if len(all) == 0 && own != (kind{}) {
 		for _, n := range m.nodes {
-			add(m.index.spare[place{n.name, own}], hearthv1.Degree_DEGREE_RUNTIME)
+			add(m.index.spare[place{n.name, own}], degree)
 		}
 	}
-	if len(all) == 0 {
+	if len(all) == 0 && pod == "" {
 		for _, n := range m.nodes {
 			add(m.index.spare[place{n.name, kind{}}], hearthv1.Degree_DEGREE_SANDBOX)
 		}

@@ -48,7 +48,7 @@ func TestFairest(t *testing.T) {
 }
 
 func TestRefill(t *testing.T) {
-	python := kind{"python", 1}
+	python := kind{runtime: "python", generation: 1}
 	of := func(s ...shelf) stock { return stock{shelves: s} }
 	plan := func(n ...int) refillPlan { return refillPlan{make: n} }
 	for _, c := range []struct {
@@ -143,6 +143,31 @@ func TestDrained(t *testing.T) {
 	} {
 		if got := drained(c.d, c.all); got != c.want {
 			t.Errorf("%s: %t", c.name, got)
+		}
+	}
+}
+
+func TestSeat(t *testing.T) {
+	bounds := podBounds{workers: 3, memory: 1000}
+	w := worker{kind: kind{runtime: "python"}, revision: "x-1", memory: 100}
+	for _, c := range []struct {
+		name string
+		pods []pod
+		want int
+	}{
+		{"none", nil, -1},
+		{"room", []pod{{id: "p", workers: 2, memory: 900}}, 0},
+		{"full", []pod{{id: "p", workers: 3}}, -1},
+		{"full, but one waits there", []pod{{id: "p", workers: 3, free: map[kind]int{{runtime: "python", pod: "p"}: 1}}}, 0},
+		{"another kind waits there", []pod{{id: "p", workers: 3, free: map[kind]int{{pod: "p"}: 1}}}, -1},
+		{"memory", []pod{{id: "p", memory: 901}}, -1},
+		{"the same there already", []pod{{id: "p", holds: map[string]bool{"x-1": true}}}, -1},
+		{"shut", []pod{{id: "p", shut: true}}, -1},
+		{"the fullest", []pod{{id: "p", workers: 1}, {id: "q", workers: 2}, {id: "r", workers: 3}}, 1},
+		{"the same for ever", []pod{{id: "p", workers: 1}, {id: "q", workers: 1}}, 0},
+	} {
+		if got, reason := bounds.seat(c.pods, w); got != c.want || reason == "" {
+			t.Errorf("%s: %d (%s), want %d", c.name, got, reason, c.want)
 		}
 	}
 }

@@ -231,5 +231,6 @@ func (m *Manager) endpoints(f *function) *hearthv1.Endpoints {
 func (i *instance) message() *hearthv1.Instance {
 	return &hearthv1.Instance{Id: i.id, Node: i.node, State: i.state, Degree: i.degree, Address: i.address, Claim: i.claim,
 		Function: i.function, Revision: i.revision, CreatedAt: timestamppb.New(i.created), Runtime: i.kind.runtime,
-		RuntimeGeneration: i.kind.generation, Version: i.version, MemoryBytes: i.memory}
+		RuntimeGeneration: i.kind.generation, Version: i.version, MemoryBytes: i.memory,
+		Pod: i.podID(), Tenant: i.group.tenant, Group: i.group.name}
 }

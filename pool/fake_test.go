@@ -39,7 +39,8 @@ type fakeNode struct {
 	concur    map[string]int // activations under way, by Function
 	mostOf    map[string]int
 	version   int64
-	old       bool // a node of before there were versions and Freeze
+	old       bool              // a node of before there were versions and Freeze
+	owners    map[string]string // of pods
 	freezes   int
 
 	createTime, activateTime, prepareTime, freezeTime time.Duration
@@ -53,7 +54,7 @@ type fakeNode struct {
 func newFakeNode(t testing.TB, name string) *fakeNode {
 	return &fakeNode{t: t, name: name, instances: map[string]*hearthv1.Instance{}, results: map[string]*hearthv1.ActivateResponse{},
 		watchers: map[chan *hearthv1.WatchInstancesResponse]chan struct{}{}, wins: map[string][]string{}, prepared: map[string]int{},
-		forgotten: map[string]bool{}, concur: map[string]int{}, mostOf: map[string]int{},
+		forgotten: map[string]bool{}, owners: map[string]string{}, concur: map[string]int{}, mostOf: map[string]int{},
 		createTime: 100 * time.Millisecond, activateTime: 50 * time.Millisecond, prepareTime: 10 * time.Millisecond, freezeTime: time.Millisecond}
 }
 
@@ -117,7 +118,10 @@ func (n *fakeNode) CreateInstance(ctx context.Context, r *hearthv1.CreateInstanc
 		return nil, err
 	}
 	if n.instances[r.Id] == nil {
-		i := &hearthv1.Instance{Id: r.Id, Node: n.name, State: hearthv1.State_STATE_CREATING, Degree: hearthv1.Degree_DEGREE_SANDBOX, CreatedAt: timestamppb.Now()}
+		if r.Pod != "" && (!n.holds(r.Pod) || n.own(r.Pod, r.Tenant+"/"+r.Group) != nil) {
+			return nil, code(connect.CodeFailedPrecondition, "pod %s is not there for %s/%s", r.Pod, r.Tenant, r.Group)
+		}
+		i := &hearthv1.Instance{Id: r.Id, Pod: cmp.Or(r.Pod, r.Id), Tenant: r.Tenant, Group: r.Group, Node: n.name, State: hearthv1.State_STATE_CREATING, Degree: hearthv1.Degree_DEGREE_SANDBOX, CreatedAt: timestamppb.Now()}
 		n.instances[r.Id] = i
 		n.created++
 		n.set(i, hearthv1.State_STATE_CREATING)
@@ -140,6 +144,25 @@ func (n *fakeNode) CreateInstance(ctx context.Context, r *hearthv1.CreateInstanc
 		n.set(i, hearthv1.State_STATE_WARM)
 	}
 	return proto.CloneOf(i), n.leave("create", r.Id)
+}
+
+// holds tells whether somebody is in a pod.
+func (n *fakeNode) holds(pod string) bool {
+	for _, i := range n.instances {
+		if i.Pod == pod && i.State >= hearthv1.State_STATE_WARM {
+			return true
+		}
+	}
+	return false
+}
+
+// own makes a pod somebody's, for ever.
+func (n *fakeNode) own(pod, whose string) error {
+	if is := n.owners[pod]; is != "" && is != whose {
+		return code(connect.CodeFailedPrecondition, "pod %s is %s's, not %s's", pod, is, whose)
+	}
+	n.owners[pod] = whose
+	return nil
 }
 
 // sleep without the mutex.
@@ -173,6 +196,16 @@ func (n *fakeNode) Activate(ctx context.Context, r *hearthv1.ActivateRequest) (*
 		return nil, code(connect.CodeFailedPrecondition, "instance %s is %s with revision %s", i.Id, i.State, i.Revision)
 	case i.Runtime != "" && (i.Runtime != r.Revision.Runtime.GetName() || i.RuntimeGeneration != r.Revision.Runtime.GetGeneration()):
 		return nil, code(connect.CodeFailedPrecondition, "instance %s is of runtime %s %d", i.Id, i.Runtime, i.RuntimeGeneration)
+	}
+	whose := r.Revision.Tenant + "/" + r.Revision.Group
+	if r.Revision.Group == "" {
+		whose = i.Id
+	}
+	if err := n.own(i.Pod, whose); err != nil {
+		return nil, err
+	}
+	if r.Revision.Group != "" {
+		i.Tenant, i.Group = r.Revision.Tenant, r.Revision.Group
 	}
 	i.Claim, i.Function, i.Revision = r.Claim, r.Revision.Function, r.Revision.Name
 	n.set(i, hearthv1.State_STATE_CLAIMED)

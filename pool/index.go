@@ -16,6 +16,7 @@ type place struct {
 // position says which sets of the index an Instance is in. It follows from the Instance and its Function alone.
 type position struct {
 	function string // whose it is, or is about to be
+	group    group  // likewise
 	spare    place
 	isSpare  bool
 	frozen   bool
@@ -27,12 +28,13 @@ type position struct {
 // Manager.place afterwards. Guarded by Manager.mu.
 type index struct {
 	functions                  map[string]set
+	groups                     map[group]set
 	spare                      map[place]set
 	frozen, restless, outdated set
 }
 
 func newIndex() index {
-	return index{functions: map[string]set{}, spare: map[place]set{}, frozen: set{}, restless: set{}, outdated: set{}}
+	return index{functions: map[string]set{}, groups: map[group]set{}, spare: map[place]set{}, frozen: set{}, restless: set{}, outdated: set{}}
 }
 
 // position of an Instance that is known; the zero value is that of one that is not.
@@ -46,6 +48,11 @@ func (m *Manager) position(i *instance) position {
 	}
 	if p.function = i.function; p.function == "" && i.by != nil {
 		p.function = i.by.function
+	}
+	if p.group = i.group; p.group == (group{}) && i.by != nil {
+		if f := m.functions[i.by.function]; f != nil {
+			p.group = groupOf(f.spec)
+		}
 	}
 	if p.isSpare = i.spare(); p.isSpare {
 		p.spare = place{i.node, i.kind}
@@ -64,6 +71,7 @@ func (m *Manager) place(i *instance) {
 	}
 	x := &m.index
 	move(x.functions, i.at.function, to.function, i.at.function != "", to.function != "", i)
+	move(x.groups, i.at.group, to.group, i.at.group != (group{}), to.group != (group{}), i)
 	move(x.spare, i.at.spare, to.spare, i.at.isSpare, to.isSpare, i)
 	x.frozen.put(i, to.frozen)
 	x.restless.put(i, to.restless)

@@ -203,7 +203,12 @@ func (m *Manager) merge(now time.Time, i *instance, said *hearthv1.Instance) {
 	i.state, i.degree, i.address = said.GetState(), said.GetDegree(), said.GetAddress()
 	i.claim, i.function, i.revision = said.GetClaim(), said.GetFunction(), said.GetRevision()
 	if i.memory = said.GetMemoryBytes(); !i.making || i.state >= hearthv1.State_STATE_WARM { // until then it is what we asked for
-		i.kind = kind{said.GetRuntime(), said.GetRuntimeGeneration()}
+		i.kind = kind{runtime: said.GetRuntime(), generation: said.GetRuntimeGeneration()}
+		i.pod, i.group = said.GetPod(), group{}
+		if said.GetGroup() != "" {
+			i.group = group{said.GetTenant(), said.GetGroup()}
+			i.kind.group, i.kind.pod = i.group, i.podID()
+		}
 	}
 	i.version = max(i.version, said.GetVersion())
 	if said.GetCreatedAt() != nil {

@@ -46,6 +46,10 @@ type Config struct {
 	PoolSize int
 	// ClaimsPerNode may be under way at once, one Function's being at most three quarters of them; default DefaultClaimsPerNode.
 	ClaimsPerNode int
+	// PodWorkers and PodMemoryBytes bound a pod that Functions of a group share: Instances, and the sum of their memory limits, a
+	// Function that names none counting as 1 GiB; defaults DefaultPodWorkers and DefaultPodMemoryBytes.
+	PodWorkers     int
+	PodMemoryBytes int64
 	// FrozenTTL is how long an Instance stays frozen that nobody asks for; default 1 h, negative freezes none.
 	FrozenTTL time.Duration
 	// Snapshots of a Revision that a node keeps prepared; default 2, negative is none.
@@ -76,6 +80,12 @@ func (c Config) withDefaults() (Config, error) {
 	c.PoolSize, c.Snapshots = max(0, c.PoolSize), max(0, c.Snapshots)
 	if c.ClaimsPerNode <= 0 {
 		c.ClaimsPerNode = DefaultClaimsPerNode
+	}
+	if c.PodWorkers <= 0 {
+		c.PodWorkers = DefaultPodWorkers
+	}
+	if c.PodMemoryBytes <= 0 {
+		c.PodMemoryBytes = DefaultPodMemoryBytes
 	}
 	if c.FrozenTTL == 0 {
 		c.FrozenTTL = time.Hour

@@ -27,7 +27,7 @@ type runtime struct {
 	generation       int64
 }
 
-func (r *runtime) kind() kind { return kind{r.name, r.generation} }
+func (r *runtime) kind() kind { return kind{runtime: r.name, generation: r.generation} }
 
 func newRuntime(r store.Runtime) *runtime {
 	out := &runtime{name: r.Name, generation: r.Generation}

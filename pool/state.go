@@ -1,6 +1,7 @@
 package pool
 
 import (
+	"cmp"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -19,6 +20,8 @@ type instance struct {
 	claim    *hearthv1.Claim
 	function string
 	revision string
+	pod      string // that it is in; empty or its own id is one that was made for it
+	group    group  // whose the pod is
 	created  time.Time
 	// session is the node's stream in which it was seen last; 0 is never.
 	session int
@@ -34,6 +37,8 @@ type instance struct {
 	// with the node's next word, or at until.
 	refused, limbo bool
 	until          time.Time
+	// shut is until when no worker is made in its pod.
+	shut time.Time
 	// serving and frozen are when it became so, as seen from here.
 	serving, frozen time.Time
 	drain           *drain
@@ -42,11 +47,23 @@ type instance struct {
 	at              position      // in Manager.index
 }
 
-// kind is what a warm Instance is good for: a Runtime of one generation, or as the zero value a sandbox, which is good for all.
+// kind is what a warm Instance is good for: a Runtime of one generation, or as the zero value a sandbox, which is good for all. What
+// is in a shared pod is good for that group's Functions only.
 type kind struct {
 	runtime    string
 	generation int64
+	group      group
+	pod        string
 }
+
+// in is a kind in a pod of its group.
+func (k kind) in(pod string) kind { k.pod = pod; return k }
+
+// ground is what is booted, wherever it is.
+func (k kind) ground() kind { return kind{runtime: k.runtime, generation: k.generation} }
+
+// podID names the pod that an Instance is in.
+func (i *instance) podID() string { return cmp.Or(i.pod, i.id) }
 
 // drain is the orderly end of an Instance's traffic.
 type drain struct {

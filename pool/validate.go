@@ -35,11 +35,26 @@ func Validate(name string, spec *hearthv1.FunctionSpec) error {
 	if p := spec.GetPort(); p < 0 || p > 65535 {
 		errs = append(errs, fmt.Errorf("spec.port: %d is not between 1 and 65535; for example 8080, or leave it out for that", p))
 	}
+	errs = append(errs, validGroup(spec))
 	errs = append(errs, validEnv("spec.env", spec.GetEnv()), validArgs("command", spec.GetCommand()), validArgs("args", spec.GetArgs()), validHosts(spec.GetHosts()))
 	errs = append(errs, validScaling(spec.GetScaling()))
 	errs = append(errs, validDuration("timeout", spec.GetTimeout()))
 	if r := spec.GetResources(); r.GetMemoryBytes() < 0 || r.GetCpuMillis() < 0 {
 		errs = append(errs, fmt.Errorf("spec.resources: %d bytes and %d millis must not be negative; 0 is no limit", r.GetMemoryBytes(), r.GetCpuMillis()))
+	}
+	return errors.Join(errs...)
+}
+
+// validGroup: Functions that share a pod have one network, in which each has a port of its own.
+func validGroup(spec *hearthv1.FunctionSpec) error {
+	var errs []error
+	for field, name := range map[string]string{"tenant": spec.GetTenant(), "group": spec.GetGroup()} {
+		if name != "" && (len(name) > maxNameBytes || !isLabel(name)) {
+			errs = append(errs, fmt.Errorf("spec.%s: %.80q is no DNS label of at most %d bytes; for example \"acme\"", field, name, maxNameBytes))
+		}
+	}
+	if spec.GetGroup() != "" && spec.GetPort() != 0 {
+		errs = append(errs, fmt.Errorf("spec.port: %d cannot be had in a pod that group %q shares; leave it out, and have the process listen on $PORT", spec.GetPort(), spec.GetGroup()))
 	}
 	return errors.Join(errs...)
 }

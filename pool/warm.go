@@ -29,13 +29,16 @@ func (m *Manager) wanted() []shelf {
 func (m *Manager) refillNodes(now time.Time) {
 	m.giveUpOld(now)
 	shelves := m.wanted()
-	stocks := m.stocks(now, shelves)
-	waiting := map[kind]int{}
-	for _, a := range m.eligible(now) {
-		waiting[m.kindFor(a.function)]++
-	}
+	waiting := m.waiting(now)
+	stocks := m.stocks(now, shelves, waiting)
 	for n, k := range shelves {
 		m.demand(stocks, n, waiting[k.kind])
+	}
+	for _, s := range stocks {
+		for n := len(shelves); n < len(s.shelves); n++ { // of its pods
+			k := &s.shelves[n]
+			k.demand = max(k.making, waiting[k.kind]-k.warm)
+		}
 	}
 	for name, s := range stocks {
 		plan := refill(now, *s)
@@ -51,24 +54,43 @@ func (m *Manager) refillNodes(now time.Time) {
 	}
 }
 
-// kindFor is what to make for a Function that finds nothing to claim.
-func (m *Manager) kindFor(function string) kind {
-	if f := m.functions[function]; f != nil && f.spec.GetRuntime() != "" {
-		if r := m.runtimes[f.spec.GetRuntime()]; r != nil {
-			return r.kind()
+// waiting counts what allocations wait for.
+func (m *Manager) waiting(now time.Time) map[kind]int {
+	out, seats := map[kind]int{}, seating{}
+	for _, a := range m.eligible(now) {
+		k := m.kindFor(a.function).ground()
+		if f := m.functions[a.function]; f != nil {
+			if pod := m.seat(now, seats, f); pod != "" {
+				k = m.kindFor(a.function).in(pod)
+			}
 		}
+		out[k]++
 	}
-	return kind{}
+	return out
+}
+
+// kindFor is what a Function needs, in a pod of its group if it has one and there is one.
+func (m *Manager) kindFor(function string) kind {
+	f := m.functions[function]
+	if f == nil {
+		return kind{}
+	}
+	k := kind{}
+	if r := m.runtimes[f.spec.GetRuntime()]; r != nil {
+		k = r.kind()
+	}
+	k.group = groupOf(f.spec)
+	return k
 }
 
 // stocks is what there is on the nodes that are connected.
-func (m *Manager) stocks(now time.Time, shelves []shelf) map[string]*stock {
+func (m *Manager) stocks(now time.Time, shelves []shelf, waiting map[kind]int) map[string]*stock {
 	all := map[string]*stock{}
 	for _, n := range m.nodes {
 		if !n.synced {
 			continue
 		}
-		s := &stock{shelves: slices.Clone(shelves), began: n.began, ended: n.ended}
+		s := &stock{shelves: slices.Concat(shelves, m.podShelves(n, waiting)), began: n.began, ended: n.ended}
 		for c := range s.shelves {
 			k := &s.shelves[c]
 			k.warm = len(m.index.spare[place{n.name, k.kind}])
@@ -139,13 +161,17 @@ func (m *Manager) current(k kind) bool {
 		return true
 	}
 	r := m.runtimes[k.runtime]
-	return r != nil && r.current != nil && r.kind() == k
+	return r != nil && r.current != nil && r.kind() == k.ground()
 }
 
 func (m *Manager) makeWarm(now time.Time, n *node, k kind) {
 	i := &instance{id: newID("i-"), node: n.name, making: true, gone: make(chan struct{}), created: now, begun: now,
 		degree: hearthv1.Degree_DEGREE_SANDBOX, kind: k}
 	req := &hearthv1.CreateInstanceRequest{Id: i.id}
+	if k.pod != "" {
+		i.pod, i.group = k.pod, k.group
+		req.Pod, req.Tenant, req.Group = k.pod, k.group.tenant, k.group.name
+	}
 	if k.runtime != "" {
 		i.degree = hearthv1.Degree_DEGREE_RUNTIME
 		req.Runtime = m.runtimes[k.runtime].current
@@ -181,9 +207,13 @@ func (m *Manager) made(now time.Time, n *node, i *instance, k kind, said *hearth
 		return
 	}
 	m.metrics.made.WithLabelValues("error").Inc()
-	supply.failed(now, err)
+	if k.pod != "" {
+		m.shutPod(now, k)
+	} else {
+		supply.failed(now, err)
+	}
 	if n.synced {
-		m.log.Warn("make a warm instance", "node", n.name, "instance", i.id, "runtime", k.runtime, "failures", supply.failures, "err", err)
+		m.log.Warn("make a warm instance", "node", n.name, "instance", i.id, "runtime", k.runtime, "pod", k.pod, "failures", supply.failures, "err", err)
 	}
 	switch {
 	case i.state == hearthv1.State_STATE_GONE:

@@ -28,7 +28,12 @@ type CreateInstanceRequest struct {
 	Id     string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Degree Degree `protobuf:"varint,2,opt,name=degree,proto3,enum=hearth.v1alpha1.Degree" json:"degree,omitempty"`
 	// Runtime to boot, with DEGREE_RUNTIME.
-	Runtime       *Runtime `protobuf:"bytes,3,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	Runtime *Runtime `protobuf:"bytes,3,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	// Pod to make it in: an Instance's that is Warm at least, and that no Function has claimed which is not of this tenant and group.
+	// From now on it takes no others.
+	Pod           string `protobuf:"bytes,4,opt,name=pod,proto3" json:"pod,omitempty"`
+	Tenant        string `protobuf:"bytes,5,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Group         string `protobuf:"bytes,6,opt,name=group,proto3" json:"group,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -82,6 +87,27 @@ func (x *CreateInstanceRequest) GetRuntime() *Runtime {
 		return x.Runtime
 	}
 	return nil
+}
+
+func (x *CreateInstanceRequest) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *CreateInstanceRequest) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *CreateInstanceRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
 }
 
 type CreateInstanceResponse struct {
@@ -903,11 +929,14 @@ var File_hearth_v1alpha1_node_proto protoreflect.FileDescriptor
 
 const file_hearth_v1alpha1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x1ahearth/v1alpha1/node.proto\x12\x0fhearth.v1alpha1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bhearth/v1alpha1/types.proto\"\x8c\x01\n" +
+	"\x1ahearth/v1alpha1/node.proto\x12\x0fhearth.v1alpha1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bhearth/v1alpha1/types.proto\"\xcc\x01\n" +
 	"\x15CreateInstanceRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x06degree\x18\x02 \x01(\x0e2\x17.hearth.v1alpha1.DegreeR\x06degree\x122\n" +
-	"\aruntime\x18\x03 \x01(\v2\x18.hearth.v1alpha1.RuntimeR\aruntime\"O\n" +
+	"\aruntime\x18\x03 \x01(\v2\x18.hearth.v1alpha1.RuntimeR\aruntime\x12\x10\n" +
+	"\x03pod\x18\x04 \x01(\tR\x03pod\x12\x16\n" +
+	"\x06tenant\x18\x05 \x01(\tR\x06tenant\x12\x14\n" +
+	"\x05group\x18\x06 \x01(\tR\x05group\"O\n" +
 	"\x16CreateInstanceResponse\x125\n" +
 	"\binstance\x18\x01 \x01(\v2\x19.hearth.v1alpha1.InstanceR\binstance\"\x97\x01\n" +
 	"\x0fActivateRequest\x12\x1f\n" +

@@ -496,7 +496,12 @@ type FunctionSpec struct {
 	Code    *Code  `protobuf:"bytes,11,opt,name=code,proto3" json:"code,omitempty"`
 	// Secrets are files that the process finds below /run/secrets, in memory only. Whoever asks for a Function gets their names alone;
 	// a name that is applied with an empty value keeps the value that it has.
-	Secrets       map[string][]byte `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Secrets map[string][]byte `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Tenant whose Function this is: a DNS label, or empty for the deployment's owner.
+	Tenant string `protobuf:"bytes,13,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	// Group, a DNS label: Functions of one tenant and one group share pods, a worker each, and each gets a port of its own in $PORT, so
+	// that port has to be left out. Empty shares with nobody.
+	Group         string `protobuf:"bytes,14,opt,name=group,proto3" json:"group,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -613,6 +618,20 @@ func (x *FunctionSpec) GetSecrets() map[string][]byte {
 		return x.Secrets
 	}
 	return nil
+}
+
+func (x *FunctionSpec) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *FunctionSpec) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
 }
 
 // Scaling bounds and shapes the number of Instances of a Function.
@@ -892,7 +911,10 @@ type Revision struct {
 	Code    *Code             `protobuf:"bytes,10,opt,name=code,proto3" json:"code,omitempty"`
 	Secrets map[string][]byte `protobuf:"bytes,11,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Concurrency is how many requests one Instance serves at once, a hard limit.
-	Concurrency   int32 `protobuf:"varint,12,opt,name=concurrency,proto3" json:"concurrency,omitempty"`
+	Concurrency int32 `protobuf:"varint,12,opt,name=concurrency,proto3" json:"concurrency,omitempty"`
+	// Tenant and group of the Function. With a group the node chooses the port.
+	Tenant        string `protobuf:"bytes,13,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Group         string `protobuf:"bytes,14,opt,name=group,proto3" json:"group,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1011,6 +1033,20 @@ func (x *Revision) GetConcurrency() int32 {
 	return 0
 }
 
+func (x *Revision) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *Revision) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
 // Claim is the one-time assignment of an Instance to a Revision.
 type Claim struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1075,7 +1111,7 @@ func (x *Claim) GetDeadline() *timestamppb.Timestamp {
 	return nil
 }
 
-// Instance is one sandbox (pod) that runs or will run a Revision.
+// Instance is what runs or will run a Revision: a sandbox (pod) of its own, or a worker in one that Functions of a group share.
 type Instance struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1095,7 +1131,12 @@ type Instance struct {
 	// higher version is the newer, for states may come again (Serving and Frozen).
 	Version int64 `protobuf:"varint,12,opt,name=version,proto3" json:"version,omitempty"`
 	// Memory_bytes it used when it was frozen.
-	MemoryBytes   int64 `protobuf:"varint,13,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	MemoryBytes int64 `protobuf:"varint,13,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	// Pod is the sandbox that it is in, named by the Instance that it was made for, which may have gone since.
+	Pod string `protobuf:"bytes,14,opt,name=pod,proto3" json:"pod,omitempty"`
+	// Tenant and group whose Functions alone the pod may hold; no group while that is open, and if it is one Function's.
+	Tenant        string `protobuf:"bytes,15,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Group         string `protobuf:"bytes,16,opt,name=group,proto3" json:"group,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1221,6 +1262,27 @@ func (x *Instance) GetMemoryBytes() int64 {
 	return 0
 }
 
+func (x *Instance) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *Instance) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *Instance) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
 // Phase is a part of a start. Phases may overlap: a layer is unpacked while it is fetched.
 type Phase struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1322,7 +1384,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x04Code\x12\x18\n" +
 	"\apackage\x18\x01 \x01(\tR\apackage\x12\x18\n" +
 	"\ahandler\x18\x02 \x01(\tR\ahandler\x128\n" +
-	"\tsignature\x18\x03 \x01(\x0e2\x1a.hearth.v1alpha1.SignatureR\tsignature\"\xd8\x04\n" +
+	"\tsignature\x18\x03 \x01(\x0e2\x1a.hearth.v1alpha1.SignatureR\tsignature\"\x86\x05\n" +
 	"\fFunctionSpec\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\x05R\x04port\x128\n" +
@@ -1336,7 +1398,9 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\aruntime\x18\n" +
 	" \x01(\tR\aruntime\x12)\n" +
 	"\x04code\x18\v \x01(\v2\x15.hearth.v1alpha1.CodeR\x04code\x12D\n" +
-	"\asecrets\x18\f \x03(\v2*.hearth.v1alpha1.FunctionSpec.SecretsEntryR\asecrets\x1a6\n" +
+	"\asecrets\x18\f \x03(\v2*.hearth.v1alpha1.FunctionSpec.SecretsEntryR\asecrets\x12\x16\n" +
+	"\x06tenant\x18\r \x01(\tR\x06tenant\x12\x14\n" +
+	"\x05group\x18\x0e \x01(\tR\x05group\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -1367,7 +1431,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\n" +
 	"created_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x129\n" +
 	"\n" +
-	"updated_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"\xb9\x04\n" +
+	"updated_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"\xe7\x04\n" +
 	"\bRevision\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bfunction\x18\x02 \x01(\tR\bfunction\x12\x14\n" +
@@ -1381,7 +1445,9 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x04code\x18\n" +
 	" \x01(\v2\x15.hearth.v1alpha1.CodeR\x04code\x12@\n" +
 	"\asecrets\x18\v \x03(\v2&.hearth.v1alpha1.Revision.SecretsEntryR\asecrets\x12 \n" +
-	"\vconcurrency\x18\f \x01(\x05R\vconcurrency\x1a6\n" +
+	"\vconcurrency\x18\f \x01(\x05R\vconcurrency\x12\x16\n" +
+	"\x06tenant\x18\r \x01(\tR\x06tenant\x12\x14\n" +
+	"\x05group\x18\x0e \x01(\tR\x05group\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -1391,7 +1457,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x05Claim\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x126\n" +
-	"\bdeadline\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\xce\x03\n" +
+	"\bdeadline\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\x8e\x04\n" +
 	"\bInstance\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12,\n" +
@@ -1407,7 +1473,10 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	" \x01(\tR\aruntime\x12-\n" +
 	"\x12runtime_generation\x18\v \x01(\x03R\x11runtimeGeneration\x12\x18\n" +
 	"\aversion\x18\f \x01(\x03R\aversion\x12!\n" +
-	"\fmemory_bytes\x18\r \x01(\x03R\vmemoryBytes\"\xb4\x01\n" +
+	"\fmemory_bytes\x18\r \x01(\x03R\vmemoryBytes\x12\x10\n" +
+	"\x03pod\x18\x0e \x01(\tR\x03pod\x12\x16\n" +
+	"\x06tenant\x18\x0f \x01(\tR\x06tenant\x12\x14\n" +
+	"\x05group\x18\x10 \x01(\tR\x05group\"\xb4\x01\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
 	"\x06offset\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06offset\x125\n" +

@@ -33,6 +33,8 @@ type options struct {
 	poolSize     int
 	claims       int
 	frozenTTL    time.Duration
+	podWorkers   int
+	podMemory    int64
 	snapshots    int
 	nodeTimeout  time.Duration
 	drainTimeout time.Duration
@@ -60,6 +62,8 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.IntVar(&o.poolSize, "pool-size", pool.DefaultPoolSize, "empty sandboxes that each node keeps, for images and for runtimes of which none is booted; runtimes have their own number")
 	f.IntVar(&o.claims, "claims-per-node", pool.DefaultClaimsPerNode, "starts that may be under way on a node at once, three quarters of them of one function; lower it where starts slow each other down")
 	f.DurationVar(&o.frozenTTL, "frozen-ttl", time.Hour, "how long an instance that is not needed stays frozen, for a start within milliseconds; 0 freezes none, which saves their memory")
+	f.IntVar(&o.podWorkers, "pod-workers", pool.DefaultPodWorkers, "instances that functions of one group may have in one pod")
+	daemon.BytesVar(f, &o.podMemory, "pod-memory", pool.DefaultPodMemoryBytes, "sum of the memory limits of a group's functions in one pod; one that names none counts as 1Gi")
 	f.IntVar(&o.snapshots, "snapshots", 0, "snapshots of each revision that a node keeps prepared; 0 is the default, negative is none")
 	f.DurationVar(&o.nodeTimeout, "node-timeout", 30*time.Second, "how long the instances of a node that cannot be reached get traffic")
 	f.DurationVar(&o.drainTimeout, "drain-timeout", 30*time.Second, "bound of a drain, on top of the function's own timeout")
@@ -94,7 +98,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) (err error) {
 	defer func() { err = errors.Join(err, db.Close()) }()
 	manager, err := pool.New(pool.Config{
 		Nodes: nodes, Store: db, PoolSize: withNone(o.poolSize), Snapshots: o.snapshots, NodeTimeout: o.nodeTimeout,
-		ClaimsPerNode: o.claims, FrozenTTL: withNone(o.frozenTTL), DrainTimeout: o.drainTimeout, Logger: rt.Log, Registerer: rt.Registry,
+		ClaimsPerNode: o.claims, PodWorkers: o.podWorkers, PodMemoryBytes: o.podMemory, FrozenTTL: withNone(o.frozenTTL), DrainTimeout: o.drainTimeout, Logger: rt.Log, Registerer: rt.Registry,
 		Ready: func(err error) { rt.Ready.Set("nodes", err) },
 	})
 	if err != nil {

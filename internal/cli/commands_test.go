@@ -38,12 +38,13 @@ func TestDeployPrintsTheURLAlone(t *testing.T) {
 func TestDeploySpec(t *testing.T) {
 	f := newFake(t)
 	got, _, errs := f.exec(t, "", "deploy", "hello", "--image", "reg/hello:1", "--port", "3000", "-e", "A=b=c", "--concurrency", "4",
-		"--min", "1", "--max", "5", "--window", "30s", "--grace", "0s", "--host", "hello.example", "--command", "/serve", "--memory", "512Mi", "--cpu", "0.5", "--", "--fast")
+		"--min", "1", "--max", "5", "--window", "30s", "--grace", "0s", "--host", "hello.example", "--command", "/serve", "--memory", "512Mi", "--cpu", "0.5",
+		"--tenant", "acme", "--merge", "low", "--", "--fast")
 	if got != 0 {
 		t.Fatal(errs)
 	}
 	want := &hearthv1.FunctionSpec{
-		Image: "reg/hello:1", Port: 3000, Env: map[string]string{"A": "b=c"}, Command: []string{"/serve"}, Args: []string{"--fast"},
+		Image: "reg/hello:1", Port: 3000, Tenant: "acme", Group: "low", Env: map[string]string{"A": "b=c"}, Command: []string{"/serve"}, Args: []string{"--fast"},
 		Hosts: []string{"hello.example"}, Resources: &hearthv1.Resources{MemoryBytes: 512 << 20, CpuMillis: 500},
 		Scaling: &hearthv1.Scaling{Concurrency: 4, Min: 1, Max: 5, Window: durationpb.New(30 * time.Second), Grace: durationpb.New(0)},
 	}
@@ -56,7 +57,7 @@ func TestDeploySpec(t *testing.T) {
 	f.want(t, 0, "all quiet", "list")
 	f.want(t, 0, `"revision": "hello-00001"`, "list", "-o", "json")
 	f.want(t, 0, "i-1        serving   sandbox    -         hello", "ps")
-	f.want(t, 0, "i-4        frozen    revision   python    other", "ps")
+	f.want(t, 0, "i-4        frozen    revision   python    other      -             -                 i-0   -     -", "ps")
 	f.want(t, 0, "STATE_WARM", "ps", "-o", "json")
 	f.want(t, 0, "i-1 | one\ni-1 | two\n", "logs", "hello")
 	f.want(t, 0, "one\ntwo\n", "logs", "hello", "--instance", "i-1")

@@ -27,7 +27,7 @@ type deployOptions struct {
 	env, secrets, command, hosts                  []string
 	window, timeout                               time.Duration
 	grace                                         *durationpb.Duration // nil for the default: none at all is 0
-	memory, cpu                                   string
+	memory, cpu, tenant, group                    string
 	wait                                          bool
 	out                                           format
 }
@@ -40,13 +40,17 @@ Code is a folder or a file; a runtime loads it (see "hearth runtime"), guessed f
 requirements.txt names is installed with pip, and what a package-lock.json names with npm unless node_modules is there; they
 have to be those of the runtime's version. The same code gives the same package, which is pushed only if the registry lacks it.
 
-An image's process has to listen on $PORT. What follows -- replaces the image's arguments.`
+An image's process has to listen on $PORT. What follows -- replaces the image's arguments.
+
+Functions that are called seldom may share a pod, by --merge GROUP: one network and one sandbox for several of them, which saves
+memory and, for all but the first, the sandbox's start. They trust each other: what one listens on the others can reach, and may take.`
 
 const deployExample = `  hearth deploy hello ./hello                     a folder with main.py and its function main, or package.json, or a jar…
   hearth deploy hello hello.py --handler hello.greet --env GREETING=hi
   hearth deploy orders ./orders --runtime node --handler index.handle --signature cloudevent --secret token=@token.txt
   hearth deploy fast ./server --runtime native     a program that listens on $PORT
   hearth deploy hello --image 127.0.0.1:5000/hello:1
+  hearth deploy rare ./rare --tenant acme --merge seldom --memory 128Mi
   hearth deploy hello --image REF --min 1 --memory 512Mi --cpu 0.5 --concurrency 1 -- serve --fast`
 
 func (a *app) deploy() *cobra.Command {
@@ -130,6 +134,8 @@ func (o *deployOptions) add(f *pflag.FlagSet) {
 	f.StringArrayVar(&o.command, "command", nil, "program to run instead of the image's entrypoint; repeat for its words")
 	f.StringVar(&o.memory, "memory", "", "limit of an instance, like 512Mi (default: that of the node, 1Gi unless it was set up otherwise)")
 	f.StringVar(&o.cpu, "cpu", "", "limit of an instance in cores, like 0.5 (default none)")
+	f.StringVar(&o.tenant, "tenant", "", "whose function it is; those of different tenants never share a pod")
+	f.StringVar(&o.group, "merge", "", "share pods with the functions of this group and the same tenant, each with limits, log and port of its own")
 	f.BoolVar(&o.wait, "wait", true, "wait until what it runs is on the nodes")
 	o.out.add(f)
 }
@@ -152,7 +158,7 @@ func (o *deployOptions) spec(args []string) (*hearthv1.FunctionSpec, error) {
 		return nil, usagef("--cpu %q: %w", o.cpu, err)
 	}
 	return &hearthv1.FunctionSpec{
-		Image: o.image, Port: o.port, Env: env, Secrets: secrets, Command: o.command, Args: args, Hosts: o.hosts,
+		Image: o.image, Tenant: o.tenant, Group: o.group, Port: o.port, Env: env, Secrets: secrets, Command: o.command, Args: args, Hosts: o.hosts,
 		Timeout: duration(o.timeout), Resources: &hearthv1.Resources{MemoryBytes: memory, CpuMillis: cpu},
 		Scaling: &hearthv1.Scaling{
 			Concurrency: o.concurrency, Min: o.least, Max: o.most, Queue: o.queue, Window: duration(o.window), Grace: o.grace,

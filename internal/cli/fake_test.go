@@ -110,7 +110,8 @@ func (f *fake) ListInstances(context.Context, *connect.Request[hearthv1.ListInst
 	return connect.NewResponse(&hearthv1.ListInstancesResponse{Instances: []*hearthv1.Instance{
 		f.instance(), {Id: "i-2", State: hearthv1.State_STATE_WARM},
 		{Id: "i-3", State: hearthv1.State_STATE_WARM, Degree: hearthv1.Degree_DEGREE_RUNTIME, Runtime: "python"},
-		{Id: "i-4", State: hearthv1.State_STATE_FROZEN, Degree: hearthv1.Degree_DEGREE_REVISION, Runtime: "python", Function: "other"},
+		{Id: "i-4", State: hearthv1.State_STATE_FROZEN, Degree: hearthv1.Degree_DEGREE_REVISION, Runtime: "python", Function: "other",
+			Pod: "i-0", Tenant: "acme", Group: "low"},
 	}}), nil
 }
 

@@ -52,10 +52,10 @@ func (a *app) ps() *cobra.Command {
 			if out == formatJSON {
 				return a.printJSON(messages(list))
 			}
-			rows := [][]string{{"INSTANCE", "STATE", "DEGREE", "RUNTIME", "FUNCTION", "REVISION", "ADDRESS", "AGE", "NODE"}}
+			rows := [][]string{{"INSTANCE", "STATE", "DEGREE", "RUNTIME", "FUNCTION", "REVISION", "ADDRESS", "POD", "AGE", "NODE"}}
 			for _, i := range list {
 				rows = append(rows, []string{
-					i.GetId(), stateName(i.GetState()), degreeName(i.GetDegree()), dash(i.GetRuntime()), dash(i.GetFunction()), dash(i.GetRevision()), dash(i.GetAddress()),
+					i.GetId(), stateName(i.GetState()), degreeName(i.GetDegree()), dash(i.GetRuntime()), dash(i.GetFunction()), dash(i.GetRevision()), dash(i.GetAddress()), dash(sharedPod(i)),
 					age(i.GetCreatedAt().AsTime(), time.Now()), dash(i.GetNode()),
 				})
 			}
@@ -64,6 +64,14 @@ func (a *app) ps() *cobra.Command {
 	}
 	out.add(c.Flags())
 	return c
+}
+
+// sharedPod names the pod of an Instance that may have others beside it; those with the same are in one.
+func sharedPod(i *hearthv1.Instance) string {
+	if i.GetGroup() == "" {
+		return ""
+	}
+	return i.GetPod()
 }
 
 // runs is what a Function is made of, in a word or three.

@@ -149,8 +149,13 @@ func TestInstanceLives(t *testing.T) {
 
 func (n *instanceNode) wantLogs(want ...string) {
 	n.t.Helper()
+	n.wantLogsOf("hello", want...)
+}
+
+func (n *instanceNode) wantLogsOf(function string, want ...string) {
+	n.t.Helper()
 	n.eventually(func() error {
-		stream, err := n.calls.Logs(context.Background(), connect.NewRequest(&hearthv1.LogsRequest{Function: "hello"}))
+		stream, err := n.calls.Logs(context.Background(), connect.NewRequest(&hearthv1.LogsRequest{Function: function}))
 		if err != nil {
 			return err
 		}
@@ -229,17 +234,7 @@ func TestInstanceEngineRestart(t *testing.T) {
 	n := newInstanceNode(t)
 	n.create("warm", "serving", "starting")
 	address := n.activate("serving").Instance.Address
-	n.eventually(func() error { // the record comes after the answer
-		c, err := n.Client.LoadContainer(n.context(t), "serving.fn")
-		if err != nil {
-			return err
-		}
-		labels, err := c.Labels(n.context(t))
-		if err == nil && labels["hearth.dev/claim"] == "" {
-			err = errors.New("it is not recorded")
-		}
-		return err
-	})
+	n.eventually(func() error { return n.recorded("serving") }) // that comes after the answer
 	begun := make(chan error, 1)
 	calls := n.calls
 	go func() {

@@ -58,12 +58,13 @@ const (
 // NodeServiceClient is a client for the hearth.v1alpha1.NodeService service.
 type NodeServiceClient interface {
 	// CreateInstance makes a Warm Instance (a sandbox with its network up, or a Runtime that is booted in one) and returns when it
-	// is Warm. Errors: InvalidArgument, Internal (the Runtime did not boot; the message has its last output), Unavailable.
+	// is Warm. With a pod it is a worker in that sandbox. Errors: InvalidArgument, FailedPrecondition (no such pod, or it is not the
+	// group's), Internal (the Runtime did not boot; the message has its last output), Unavailable.
 	CreateInstance(context.Context, *connect.Request[v1alpha1.CreateInstanceRequest]) (*connect.Response[v1alpha1.CreateInstanceResponse], error)
 	// Activate claims a Warm Instance, or a Frozen one of the same Revision, by compare-and-swap and has the Revision serve in it.
 	// This is the linearisation point of a claim. It returns when the Instance serves. The same claim on the same Instance gives the same answer again.
 	// Errors: FailedPrecondition (Instance neither Warm nor Frozen
-	// with this Revision, of another Runtime, or epoch too old), NotFound (no such Instance), DeadlineExceeded
+	// with this Revision, of another Runtime, in a pod of another group, or epoch too old), NotFound (no such Instance), DeadlineExceeded
 	// (the claim's deadline passed; the Instance is discarded), InvalidArgument, Internal (the start failed; discarded).
 	Activate(context.Context, *connect.Request[v1alpha1.ActivateRequest]) (*connect.Response[v1alpha1.ActivateResponse], error)
 	// Freeze stops the processes of a Serving Instance to which nobody sends requests any more. It keeps its Revision for ever.
@@ -199,12 +200,13 @@ func (c *nodeServiceClient) Logs(ctx context.Context, req *connect.Request[v1alp
 // NodeServiceHandler is an implementation of the hearth.v1alpha1.NodeService service.
 type NodeServiceHandler interface {
 	// CreateInstance makes a Warm Instance (a sandbox with its network up, or a Runtime that is booted in one) and returns when it
-	// is Warm. Errors: InvalidArgument, Internal (the Runtime did not boot; the message has its last output), Unavailable.
+	// is Warm. With a pod it is a worker in that sandbox. Errors: InvalidArgument, FailedPrecondition (no such pod, or it is not the
+	// group's), Internal (the Runtime did not boot; the message has its last output), Unavailable.
 	CreateInstance(context.Context, *connect.Request[v1alpha1.CreateInstanceRequest]) (*connect.Response[v1alpha1.CreateInstanceResponse], error)
 	// Activate claims a Warm Instance, or a Frozen one of the same Revision, by compare-and-swap and has the Revision serve in it.
 	// This is the linearisation point of a claim. It returns when the Instance serves. The same claim on the same Instance gives the same answer again.
 	// Errors: FailedPrecondition (Instance neither Warm nor Frozen
-	// with this Revision, of another Runtime, or epoch too old), NotFound (no such Instance), DeadlineExceeded
+	// with this Revision, of another Runtime, in a pod of another group, or epoch too old), NotFound (no such Instance), DeadlineExceeded
 	// (the claim's deadline passed; the Instance is discarded), InvalidArgument, Internal (the start failed; discarded).
 	Activate(context.Context, *connect.Request[v1alpha1.ActivateRequest]) (*connect.Response[v1alpha1.ActivateResponse], error)
 	// Freeze stops the processes of a Serving Instance to which nobody sends requests any more. It keeps its Revision for ever.
