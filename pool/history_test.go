@@ -171,8 +171,8 @@ func TestHistoriesAreLinearizable(t *testing.T) {
 			if gives[give] == 0 || gives[end] == 0 {
 				t.Errorf("nothing happened: %v", gives)
 			}
-			if got := porcupine.CheckOperationsTimeout(model(), h.ops, time.Minute); got != porcupine.Ok {
-				t.Errorf("the history of %d operations is %s; what cannot be ordered:\n%s", len(h.ops), got, impossible(h.ops))
+			if !porcupine.CheckOperations(model(), h.ops) {
+				t.Errorf("the history of %d operations has no order; what cannot be ordered:\n%s", len(h.ops), impossible(h.ops))
 			}
 		})
 	}

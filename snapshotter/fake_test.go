@@ -120,7 +120,10 @@ func (f *fake) image(ref string, words ...string) *registry.Image {
 	img := &registry.Image{Ref: ref, Digest: digest.FromString("manifest " + ref + strings.Join(words, " "))}
 	for i, w := range words {
 		word, _, _ := strings.Cut(w, "~")
-		l := registry.Layer{Digest: digest.FromString("blob " + w), DiffID: digest.FromString("tar " + word), Size: int64(100 + i)}
+		l := registry.Layer{
+			Digest: digest.FromString("blob " + w), DiffID: digest.FromString("tar " + word), Size: int64(100 + i),
+			MediaType: "application/vnd.oci.image.layer.v1.tar+gzip", // for which any sibling is better, on however many cores
+		}
 		img.Layers = append(img.Layers, l)
 		f.words[l.Digest] = word
 	}

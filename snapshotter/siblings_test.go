@@ -40,7 +40,16 @@ func counts(t *testing.T, reg *prometheus.Registry, name string) map[string]floa
 	return out
 }
 
-func TestSiblingsAreTaken(t *testing.T) {
+// inBubble runs a test in time of its own, in which no search for siblings takes longer than a layer waits for it.
+func inBubble(t *testing.T, test func(t *testing.T)) {
+	t.Helper()
+	needRoot(t)
+	synctest.Test(t, test)
+}
+
+func TestSiblingsAreTaken(t *testing.T) { inBubble(t, testSiblingsAreTaken) }
+
+func testSiblingsAreTaken(t *testing.T) {
 	f, reg := newFake(), prometheus.NewRegistry()
 	img := f.image("a", "one", "two")
 	f.accelerate(img, "zstd")
@@ -69,41 +78,45 @@ func TestSiblingFaults(t *testing.T) {
 		"broken network": {errors.New("connection reset"), "other"},
 	}
 	for name, tt := range faults {
-		t.Run(name, func(t *testing.T) {
-			f, reg := newFake(), prometheus.NewRegistry()
-			img := f.image("a", "one", "two")
-			f.accelerate(img, "zstd")
-			f.fail["one@zstd"] = tt.err
-			var log strings.Builder
-			root := t.TempDir()
-			s := start(t, f, func(c *snapshotter.Config) {
-				c.Root, c.Registerer, c.Logger = root, reg, slog.New(slog.NewTextHandler(&log, nil))
-			})
-			pull{s: s, img: img}.all(t)
-			if got := counts(t, reg, "hearth_snapshotter_sibling_faults_total"); len(got) != 1 || got[tt.reason] != 1 {
-				t.Errorf("faults %v, want one of %s", got, tt.reason)
-			}
-			if got := counts(t, reg, "hearth_snapshotter_layers_fetched_total"); got["original"] != 1 || got["zstd"] != 1 {
-				t.Errorf("layers by source: %v", got)
-			}
-			if n := strings.Count(log.String(), "sibling of a layer cannot be used"); n != 1 {
-				t.Errorf("said so %d times: %s", n, log.String())
-			}
-			if left := list(t, root, "staging"); len(left) != 0 {
-				t.Errorf("left in staging: %v", left)
-			}
-			data, err := os.ReadFile(filepath.Join(root, "layers", treeOf(img.Layers[0].DiffID), "fs", "one"))
-			if err != nil || string(data) != "one" {
-				t.Errorf("tree has %q, error %v", data, err)
-			}
-		})
+		t.Run(name, func(t *testing.T) { inBubble(t, func(t *testing.T) { testSiblingFault(t, tt.err, tt.reason) }) })
+	}
+}
+
+func testSiblingFault(t *testing.T, fault error, reason string) {
+	f, reg := newFake(), prometheus.NewRegistry()
+	img := f.image("a", "one", "two")
+	f.accelerate(img, "zstd")
+	f.fail["one@zstd"] = fault
+	var log strings.Builder
+	root := t.TempDir()
+	s := start(t, f, func(c *snapshotter.Config) {
+		c.Root, c.Registerer, c.Logger = root, reg, slog.New(slog.NewTextHandler(&log, nil))
+	})
+	pull{s: s, img: img}.all(t)
+	if got := counts(t, reg, "hearth_snapshotter_sibling_faults_total"); len(got) != 1 || got[reason] != 1 {
+		t.Errorf("faults %v, want one of %s", got, reason)
+	}
+	if got := counts(t, reg, "hearth_snapshotter_layers_fetched_total"); got["original"] != 1 || got["zstd"] != 1 {
+		t.Errorf("layers by source: %v", got)
+	}
+	if n := strings.Count(log.String(), "sibling of a layer cannot be used"); n != 1 {
+		t.Errorf("said so %d times: %s", n, log.String())
+	}
+	if left := list(t, root, "staging"); len(left) != 0 {
+		t.Errorf("left in staging: %v", left)
+	}
+	data, err := os.ReadFile(filepath.Join(root, "layers", treeOf(img.Layers[0].DiffID), "fs", "one"))
+	if err != nil || string(data) != "one" {
+		t.Errorf("tree has %q, error %v", data, err)
 	}
 }
 
 func treeOf(d digest.Digest) string { return strings.Replace(d.String(), ":", "-", 1) }
 
 // TestFaultsOfBoth has an original that is wrong too, or a full disk: those are the answer.
-func TestFaultsOfBoth(t *testing.T) {
+func TestFaultsOfBoth(t *testing.T) { inBubble(t, testFaultsOfBoth) }
+
+func testFaultsOfBoth(t *testing.T) {
 	f := newFake()
 	img := f.image("a", "one")
 	f.accelerate(img, "lz4")
