@@ -23,8 +23,8 @@ import (
 //	go test ./test/stack -run TestKilledAtRandom -kills 200 -timeout 2h
 var (
 	sidecars = flag.Bool("sidecars", false, "give the Instances of TestCycles sidecars")
-	cycles   = flag.Int("cycles", 100, "claims, each served and discarded, of TestCycles")
-	kills    = flag.Int("kills", 8, "processes that TestKilledAtRandom kills")
+	cycles   = flag.Int("cycles", 60, "claims, each served and discarded, of TestCycles")
+	kills    = flag.Int("kills", 6, "processes that TestKilledAtRandom kills, without sidecars and with them")
 )
 
 // cyclesForResident is from when on what nodeagent has resident is judged, and not its live heap alone: until then the pages that a
