@@ -30,7 +30,7 @@ const (
 // inventory is what there is, by everyone who knows.
 type inventory struct {
 	instances  map[string]*hearthv1.Instance
-	sandboxes  map[string]string // sandbox id → instance
+	sandboxes  map[string]string // sandbox id → pod
 	containers map[string]map[string]string
 	snapshotOf map[string]bool // keys of snapshots that containers have
 	snapshots  map[string]snapshots.Info
@@ -202,15 +202,18 @@ func (i *inventory) instanceProblems() (out []string) {
 	if !maps.Equal(warm, i.warm) {
 		out = append(out, fmt.Sprintf("so many instances are warm, by runtime: %v, not %v", warm, i.warm))
 	}
-	seen := map[string]bool{}
-	for sandbox, id := range i.sandboxes {
-		if i.instances[id] == nil || seen[id] {
-			out = append(out, fmt.Sprintf("sandbox %s is of no instance that is known, or its second: %q", sandbox, id))
-		}
-		seen[id] = true
+	pods, seen := map[string]bool{}, map[string]bool{}
+	for _, inst := range i.instances {
+		pods[inst.GetPod()] = true
 	}
-	for id := range i.instances {
-		if !seen[id] {
+	for sandbox, pod := range i.sandboxes {
+		if !pods[pod] || seen[pod] {
+			out = append(out, fmt.Sprintf("sandbox %s is of no instance that is known, or its pod's second: %q", sandbox, pod))
+		}
+		seen[pod] = true
+	}
+	for id, inst := range i.instances {
+		if !seen[inst.GetPod()] {
 			out = append(out, fmt.Sprintf("instance %s has no sandbox", id))
 		}
 	}
