@@ -496,7 +496,10 @@ type FunctionSpec struct {
 	Code    *Code  `protobuf:"bytes,11,opt,name=code,proto3" json:"code,omitempty"`
 	// Secrets are files that the process finds below /run/secrets, in memory only. Whoever asks for a Function gets their names alone;
 	// a name that is applied with an empty value keeps the value that it has.
-	Secrets       map[string][]byte `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Secrets map[string][]byte `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Writable_root lets an image's process write to its root file system, which is read-only otherwise: in memory, at most half of
+	// the Instance's limit. /tmp can always be written to.
+	WritableRoot  bool `protobuf:"varint,13,opt,name=writable_root,json=writableRoot,proto3" json:"writable_root,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -613,6 +616,13 @@ func (x *FunctionSpec) GetSecrets() map[string][]byte {
 		return x.Secrets
 	}
 	return nil
+}
+
+func (x *FunctionSpec) GetWritableRoot() bool {
+	if x != nil {
+		return x.WritableRoot
+	}
+	return false
 }
 
 // Scaling bounds and shapes the number of Instances of a Function.
@@ -893,6 +903,7 @@ type Revision struct {
 	Secrets map[string][]byte `protobuf:"bytes,11,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Concurrency is how many requests one Instance serves at once, a hard limit.
 	Concurrency   int32 `protobuf:"varint,12,opt,name=concurrency,proto3" json:"concurrency,omitempty"`
+	WritableRoot  bool  `protobuf:"varint,13,opt,name=writable_root,json=writableRoot,proto3" json:"writable_root,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1009,6 +1020,13 @@ func (x *Revision) GetConcurrency() int32 {
 		return x.Concurrency
 	}
 	return 0
+}
+
+func (x *Revision) GetWritableRoot() bool {
+	if x != nil {
+		return x.WritableRoot
+	}
+	return false
 }
 
 // Claim is the one-time assignment of an Instance to a Revision.
@@ -1322,7 +1340,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x04Code\x12\x18\n" +
 	"\apackage\x18\x01 \x01(\tR\apackage\x12\x18\n" +
 	"\ahandler\x18\x02 \x01(\tR\ahandler\x128\n" +
-	"\tsignature\x18\x03 \x01(\x0e2\x1a.hearth.v1alpha1.SignatureR\tsignature\"\xd8\x04\n" +
+	"\tsignature\x18\x03 \x01(\x0e2\x1a.hearth.v1alpha1.SignatureR\tsignature\"\xfd\x04\n" +
 	"\fFunctionSpec\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\x05R\x04port\x128\n" +
@@ -1336,7 +1354,8 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\aruntime\x18\n" +
 	" \x01(\tR\aruntime\x12)\n" +
 	"\x04code\x18\v \x01(\v2\x15.hearth.v1alpha1.CodeR\x04code\x12D\n" +
-	"\asecrets\x18\f \x03(\v2*.hearth.v1alpha1.FunctionSpec.SecretsEntryR\asecrets\x1a6\n" +
+	"\asecrets\x18\f \x03(\v2*.hearth.v1alpha1.FunctionSpec.SecretsEntryR\asecrets\x12#\n" +
+	"\rwritable_root\x18\r \x01(\bR\fwritableRoot\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -1367,7 +1386,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\n" +
 	"created_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x129\n" +
 	"\n" +
-	"updated_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"\xb9\x04\n" +
+	"updated_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"\xde\x04\n" +
 	"\bRevision\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bfunction\x18\x02 \x01(\tR\bfunction\x12\x14\n" +
@@ -1381,7 +1400,8 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x04code\x18\n" +
 	" \x01(\v2\x15.hearth.v1alpha1.CodeR\x04code\x12@\n" +
 	"\asecrets\x18\v \x03(\v2&.hearth.v1alpha1.Revision.SecretsEntryR\asecrets\x12 \n" +
-	"\vconcurrency\x18\f \x01(\x05R\vconcurrency\x1a6\n" +
+	"\vconcurrency\x18\f \x01(\x05R\vconcurrency\x12#\n" +
+	"\rwritable_root\x18\r \x01(\bR\fwritableRoot\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +

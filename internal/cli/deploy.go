@@ -27,6 +27,7 @@ type deployOptions struct {
 	env, secrets, command, hosts                  []string
 	window, grace, timeout                        time.Duration
 	memory, cpu                                   string
+	writableRoot                                  bool
 	wait                                          bool
 	out                                           format
 }
@@ -101,6 +102,8 @@ func (o *deployOptions) validate(code, args []string) error {
 		return usagef("--image %s and %q: a function runs one of them (arguments for the image's process come after --)", o.image, code[0])
 	case o.image != "" && len(given) > 0:
 		return usagef("%s: for code only, and --image names an image", strings.Join(given, ", "))
+	case o.image == "" && o.writableRoot:
+		return usagef("--writable-root is an image's; code writes to /tmp")
 	case o.image == "" && (len(args) > 0 || len(o.command) > 0):
 		return usagef("--command and arguments are an image's; what answers in code is named by --handler")
 	}
@@ -125,6 +128,7 @@ func (o *deployOptions) add(f *pflag.FlagSet) {
 	f.StringArrayVar(&o.command, "command", nil, "program to run instead of the image's entrypoint; repeat for its words")
 	f.StringVar(&o.memory, "memory", "", "limit of an instance, like 512Mi (default: that of the node, 1Gi unless it was set up otherwise)")
 	f.StringVar(&o.cpu, "cpu", "", "limit of an instance in cores, like 0.5 (default none)")
+	f.BoolVar(&o.writableRoot, "writable-root", false, "let the image's process write to its root file system, in memory, up to half of its limit (default: to /tmp and /var/tmp only)")
 	f.BoolVar(&o.wait, "wait", true, "wait until what it runs is on the nodes")
 	o.out.add(f)
 }
@@ -148,7 +152,7 @@ func (o *deployOptions) spec(args []string) (*hearthv1.FunctionSpec, error) {
 	}
 	return &hearthv1.FunctionSpec{
 		Image: o.image, Port: o.port, Env: env, Secrets: secrets, Command: o.command, Args: args, Hosts: o.hosts,
-		Timeout: duration(o.timeout), Resources: &hearthv1.Resources{MemoryBytes: memory, CpuMillis: cpu},
+		WritableRoot: o.writableRoot, Timeout: duration(o.timeout), Resources: &hearthv1.Resources{MemoryBytes: memory, CpuMillis: cpu},
 		Scaling: &hearthv1.Scaling{
 			Concurrency: o.concurrency, Min: o.least, Max: o.most, Queue: o.queue, Window: duration(o.window), Grace: duration(o.grace),
 			Frozen: o.frozen,

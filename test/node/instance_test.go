@@ -125,12 +125,8 @@ func TestInstanceLives(t *testing.T) {
 			t.Errorf("GET %s: %q, want %q", path, got, want)
 		}
 	}
-	status := n.get(address, "/file?name=/proc/self/status")
-	for _, want := range []string{"NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t00000000000004fb", "CapBnd:\t00000000000004fb"} {
-		if !strings.Contains(status, want) {
-			t.Errorf("its status has no %q:\n%s", want, status)
-		}
-	}
+	wantConfined(t, n.get(address, "/file?name=/proc/self/status"))
+	n.wantReadOnly(address)
 	if again := n.activate("one"); again.Instance.Address != address {
 		t.Errorf("the same claim again: %s, want %s", again.Instance.Address, address)
 	}
@@ -145,6 +141,64 @@ func TestInstanceLives(t *testing.T) {
 	if err := n.leftBehind(); err != nil {
 		t.Error(err)
 	}
+}
+
+// wantConfined reads a process's status.
+func wantConfined(t *testing.T, status string) {
+	t.Helper()
+	for _, want := range []string{"NoNewPrivs:\t1", "Seccomp:\t2", "CapInh:\t0", "CapPrm:\t0", "CapEff:\t0", "CapBnd:\t0", "CapAmb:\t0"} {
+		if name, value, _ := strings.Cut(want, "\t"); strings.HasPrefix(name, "Cap") {
+			want = name + "\t" + strings.Repeat(value, 16)
+		}
+		if !strings.Contains(status, want) {
+			t.Errorf("its status has no %q:\n%s", want, status)
+		}
+	}
+}
+
+// wantReadOnly tries to write to an Instance's file systems.
+func (n *instanceNode) wantReadOnly(address string) {
+	n.t.Helper()
+	for _, path := range []string{"/new", "/etc/new", "/etc/hosts", "/proc/sys/kernel/panic", "/sys/new"} {
+		if got, want := n.get(address, "/write?name="+path), "open "+path+": read-only file system"; got != want {
+			n.t.Errorf("writing to %s: %q, want %q", path, got, want)
+		}
+	}
+	for _, path := range []string{"/tmp/new", "/var/tmp/new", "/dev/shm/new", "/run/new"} {
+		if got := n.get(address, "/write?name="+path); got != "<nil>" {
+			n.t.Errorf("writing to %s: %q", path, got)
+		}
+	}
+}
+
+// TestInstanceWritableRoot: an image's process writes to its root if its Revision says so, to memory and within bounds; and one
+// that has no capability listens on port 80.
+func TestInstanceWritableRoot(t *testing.T) {
+	n := newInstanceNode(t)
+	n.create("w-one", "w-two")
+	r := n.revision()
+	r.WritableRoot, r.Port = true, 80
+	for _, id := range []string{"w-one", "w-two"} {
+		answer, err := n.tryActivate(id, "claim-"+id, r, 30*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		address := answer.Instance.Address
+		if got := n.get(address, "/file?name=/new"); got != "open /new: no such file or directory" {
+			t.Errorf("what %s finds of another: %q", id, got)
+		}
+		for _, path := range []string{"/new", "/etc/new", "/tmp/new", "/function"} { // the last is the image's program
+			if got := n.get(address, "/write?name="+path); got != "<nil>" && !strings.Contains(got, "text file busy") {
+				t.Errorf("writing to %s: %q", path, got)
+			}
+		}
+		wantConfined(t, n.get(address, "/file?name=/proc/self/status"))
+		if got := n.try(address, "/fill?name=/fill"); !strings.Contains(got, "no space left") || !strings.HasPrefix(got, "12") {
+			t.Errorf("of 256 MiB of memory the root took %q", got) // a half, less what is in it
+		}
+	}
+	n.discard("w-one", "w-two")
+	n.eventually(n.leftBehind)
 }
 
 func (n *instanceNode) wantLogs(want ...string) {
