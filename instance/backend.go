@@ -173,7 +173,7 @@ type container struct {
 	Labels  map[string]string
 	Sandbox sandbox
 	Spec    *specs.Spec
-	Log     string // path of the file that gets stdout and stderr
+	Output  string // where stdout and stderr go, as containerd takes it
 	Control string // directory of the launcher's socket
 	Loader  bool   // the launcher has become a loader
 }

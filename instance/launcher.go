@@ -23,10 +23,11 @@ import (
 
 // Paths in a launcher's root file system.
 const (
-	launcherProgram = "/launcher"
-	launcherControl = "/control"  // of the directory with its socket, which is one of the Instance's
-	launcherGraft   = "/function" // where the Function's root file system is mounted for a moment
-	launcherSocket  = "launch.sock"
+	launcherProgram  = "/launcher"
+	logWriterProgram = "/logwriter" // which runs outside of it: it is here because this folder stays as long as an Instance is
+	launcherControl  = "/control"   // of the directory with its socket, which is one of the Instance's
+	launcherGraft    = "/function"  // where the Function's root file system is mounted for a moment
+	launcherSocket   = "launch.sock"
 )
 
 const (

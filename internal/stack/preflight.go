@@ -31,7 +31,7 @@ func (c Config) checkTools() error {
 	if len(missing) > 0 {
 		problems = append(problems, fmt.Errorf("tools in %s: there is no %s; `make tools` compiles them into .cache/tools/current, name their folder with --tools", c.Tools, strings.Join(missing, ", ")))
 	}
-	if missing := missingPrograms(c.Bin, []string{"nodeagent", "launcher", "poolmanager", "gateway"}); len(missing) > 0 {
+	if missing := missingPrograms(c.Bin, []string{"nodeagent", "launcher", "logwriter", "poolmanager", "gateway"}); len(missing) > 0 {
 		problems = append(problems, fmt.Errorf("hearth's daemons in %s: there is no %s; `make build` compiles them into bin, name their folder with --bin", c.Bin, strings.Join(missing, ", ")))
 	}
 	if _, err := os.Stat(c.PauseImage); err != nil {

@@ -169,6 +169,7 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	})
 	n.launcher = filepath.Join(t.TempDir(), "launcher")
 	compile(t, n.launcher, "../../runtimes/launcher/main.go")
+	buildCommand(t, "logwriter", filepath.Join(filepath.Dir(n.launcher), "logwriter"))
 	n.image = n.registry.push(t, "functions/hello:1", programImage(t, "function", functionSource))
 	pause := n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
 	n.containerdNode = startContainerd(t, containerdOptions{Snapshotter: n.snapshots, HostsDir: hosts, Config: fmt.Sprintf(`
@@ -201,6 +202,16 @@ func programImage(t *testing.T, name, source string) v1.Image {
 		t.Fatal(err)
 	}
 	return img
+}
+
+// buildCommand makes one of our own commands.
+func buildCommand(t *testing.T, name, program string) {
+	t.Helper()
+	build := exec.Command("go", "build", "-trimpath", "-o", program, "../../cmd/"+name)
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 }
 
 // compile makes a static program of one file, which uses the standard library alone.

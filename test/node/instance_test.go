@@ -278,6 +278,45 @@ func TestInstanceEndsByItself(t *testing.T) {
 	n.eventually(n.leftBehind)
 }
 
+// TestLogOutlivesEngine: without an engine a Function's output is taken, and its log has the end of what it wrote before it ended; its
+// processes find ordinary pipes.
+func TestLogOutlivesEngine(t *testing.T) {
+	n := newInstanceNode(t)
+	n.create("l-one")
+	address := n.activate("l-one").Instance.Address
+	n.get(address, "/log?line=before")
+	for _, fd := range []string{"1", "2"} {
+		if got := n.get(address, "/file?name=/proc/self/fdinfo/"+fd); !strings.Contains(got, "flags:\t01\n") && !strings.Contains(got, "flags:\t0100001\n") {
+			t.Errorf("descriptor %s is not a pipe that blocks: %q", fd, got)
+		}
+	}
+	n.stop()
+	for k := range 200 { // more than the pipe holds
+		n.get(address, fmt.Sprintf("/log?line=%d+%s", k, strings.Repeat("x", 1000)))
+	}
+	n.get(address, "/log?line=last+words")
+	if r, err := http.Get("http://" + address + "/exit"); err == nil {
+		r.Body.Close()
+	}
+	n.startEngine()
+	n.eventually(func() error {
+		stream, err := n.calls.Logs(context.Background(), connect.NewRequest(&hearthv1.LogsRequest{Function: "hello"}))
+		if err != nil {
+			return err
+		}
+		defer stream.Close()
+		var lines []string
+		for stream.Receive() {
+			lines = append(lines, string(stream.Msg().Line))
+		}
+		if len(lines) != 203 || lines[1] != "before" || lines[202] != "last words" || !strings.HasPrefix(lines[201], "199 x") {
+			return fmt.Errorf("%d lines, of which the last is %.60q: %w", len(lines), lines[max(0, len(lines)-1):], stream.Err())
+		}
+		return nil
+	})
+	n.eventually(n.leftBehind)
+}
+
 // TestInstanceEngineRestart ends the engine with Instances in every state and starts another one over the same containerd.
 func TestInstanceEngineRestart(t *testing.T) {
 	n := newInstanceNode(t)

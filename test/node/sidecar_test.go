@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -21,11 +20,7 @@ func (n *instanceNode) withSidecars() {
 	n.t.Helper()
 	n.stop()
 	n.sidecar = filepath.Join(n.t.TempDir(), "sidecar")
-	build := exec.Command("go", "build", "-trimpath", "-o", n.sidecar, "../../cmd/sidecar")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		n.t.Fatalf("%v: %s", err, out)
-	}
+	buildCommand(n.t, "sidecar", n.sidecar)
 	n.startEngine()
 }
 
