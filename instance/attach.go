@@ -37,13 +37,7 @@ type attachment struct {
 
 // attach shows trees to every process of a container whose mount namespace that is. It is some 30 µs a tree: see open_tree(2).
 func attach(namespace *os.File, list []attachment) error {
-	return onOwnThread(func() error {
-		if err := unix.Unshare(unix.CLONE_FS); err != nil { // a thread that shares its root with others cannot leave
-			return fmt.Errorf("unshare root: %w", err)
-		}
-		if err := unix.Setns(int(namespace.Fd()), unix.CLONE_NEWNS); err != nil {
-			return fmt.Errorf("enter the container's mounts: %w", err)
-		}
+	return inMountsOf(namespace, func() error {
 		for _, a := range list {
 			if err := attachOne(a); err != nil {
 				return fmt.Errorf("mount %s: %w", a.Path, err)
@@ -95,7 +89,7 @@ func openPlace(at int, path string) (*os.File, error) {
 }
 
 // Mount implements launcher. Where the kernel does not move mounts into the container the trees are copied there, which takes as
-// long as it takes, and the copy can be written to.
+// long as it takes; the root is writable meanwhile, when no Function is in the container yet.
 func (l *taskLauncher) Mount(ctx context.Context, list ...attachment) error {
 	err := attach(l.namespace, list)
 	refused := (*os.SyscallError)(nil)
@@ -107,12 +101,25 @@ func (l *taskLauncher) Mount(ctx context.Context, list ...attachment) error {
 		return errors.Join(err, openErr)
 	}
 	defer root.Close()
+	if openErr := setRoot(l.namespace, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}); openErr != nil {
+		return errors.Join(err, openErr)
+	}
 	for _, a := range list {
 		if copyErr := copyTree(ctx, root, a); copyErr != nil {
 			return errors.Join(err, fmt.Errorf("copy to %s instead: %w", a.Path, copyErr))
 		}
 	}
-	return nil
+	return setRoot(l.namespace, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+}
+
+// setRoot changes the attributes of a container's root file system.
+func setRoot(namespace *os.File, change *unix.MountAttr) error {
+	return inMountsOf(namespace, func() error {
+		if err := unix.MountSetattr(unix.AT_FDCWD, "/", 0, change); err != nil {
+			return fmt.Errorf("change the container's root: %w", err)
+		}
+		return nil
+	})
 }
 
 // copyTree copies a tree into an empty place below root. The source stays as it is; nothing outside the place is written to.

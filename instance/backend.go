@@ -2,6 +2,7 @@ package instance
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -86,7 +87,7 @@ type tasks interface {
 }
 
 // launcher is what waits in a container until a Function is known, and is our way to that container when it has become the
-// Function's process or a loader. It is one process all the time, hence one interface of five methods.
+// Function's process or a loader. It is one process all the time, hence one interface of six methods.
 type launcher interface {
 	// Launch gives the container another root file system and executes the process there, in the launcher's place. After an
 	// error the container is good for nothing.
@@ -95,6 +96,8 @@ type launcher interface {
 	Dial(ctx context.Context) (net.Conn, error)
 	// Mount shows trees to every process of the container, read-only.
 	Mount(ctx context.Context, list ...attachment) error
+	// LimitTmp bounds what the container's /tmp takes.
+	LimitTmp(bytes int64) error
 	// Pid is that of the launcher, and then of the Function's process.
 	Pid() uint32
 	// Close lets go of it; it waits on.
@@ -103,9 +106,10 @@ type launcher interface {
 
 // launch is what a launcher is to become.
 type launch struct {
-	Root    rootfs
-	Process *specs.Process
-	Loader  bool // it is a loader, which is to hear us
+	Root     rootfs
+	Process  *specs.Process
+	Loader   bool // it is a loader, which is to hear us
+	Writable bool // its root, which is read-only otherwise
 }
 
 type containerList interface {
@@ -140,16 +144,27 @@ type image struct {
 
 // rootfs is a prepared snapshot.
 type rootfs struct {
-	Key  string
-	Tree *os.File   // its mount, which nobody sees; nil if it is not prepared to the end
-	User specs.User // the image's user, looked up in its passwd and group
+	Key   string
+	Tree  *os.File   // its mount, which nobody sees; nil if it is not prepared to the end
+	Upper *os.File   // the tmpfs that has what is written to Tree; likewise
+	User  specs.User // the image's user, looked up in its passwd and group
 }
 
-// close lets go of the mount, which ends unless a container has it.
+// close lets go of the mounts, which end unless a container has them.
 func (r rootfs) close() {
-	if r.Tree != nil {
-		_ = r.Tree.Close() // it was never written to
+	for _, f := range []*os.File{r.Tree, r.Upper} {
+		if f != nil {
+			_ = f.Close() // it was never written to
+		}
 	}
+}
+
+// makeRoom lets so much be written to it.
+func (r rootfs) makeRoom(bytes int64) error {
+	if err := resize(int(r.Upper.Fd()), "", bytes); err != nil {
+		return fmt.Errorf("limit what is written to the root: %w", err)
+	}
+	return nil
 }
 
 // container is all that CreateTask needs.
@@ -158,7 +173,7 @@ type container struct {
 	Labels  map[string]string
 	Sandbox sandbox
 	Spec    *specs.Spec
-	Log     string // path of the file that gets stdout and stderr
+	Output  string // where stdout and stderr go, as containerd takes it
 	Control string // directory of the launcher's socket
 	Loader  bool   // the launcher has become a loader
 }

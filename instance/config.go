@@ -81,6 +81,8 @@ type Config struct {
 	ResolvConf string
 	// Launcher is the program that waits in warm Instances; default: launcher, beside this program.
 	Launcher string
+	// LogWriter is the program that writes the output of Instances to their logs; default: logwriter, beside Launcher.
+	LogWriter string
 	// Sidecar is the program that stands before each Function; a bare name is looked for beside this program. Empty or "none":
 	// gateways' requests come to the Function itself. Instances keep what they were made with.
 	Sidecar string
@@ -117,7 +119,7 @@ type Config struct {
 	RuntimeBootTimeout time.Duration
 	// KeptLogs is how many log files of ended Instances are kept for each Function; default 10.
 	KeptLogs int
-	// MaxLogBytes is the size at which a log file is emptied; default 64 MiB.
+	// MaxLogBytes is what a log file takes of the disk: it keeps its end; default 64 MiB.
 	MaxLogBytes int64
 
 	Logger     *slog.Logger          // default: none
@@ -147,6 +149,7 @@ func (c Config) withDefaults() (Config, error) {
 		}
 		c.Launcher = filepath.Join(filepath.Dir(self), "launcher")
 	}
+	setDefault(&c.LogWriter, filepath.Join(filepath.Dir(c.Launcher), "logwriter"))
 	if c.Sidecar == "none" {
 		c.Sidecar = ""
 	}

@@ -26,7 +26,8 @@ func TestHelperContainer(t *testing.T) {
 	}
 	const bind = unix.MS_BIND
 	err := errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount(root, root, "", bind, ""))
-	for _, dir := range []string{"proc", "dev", "sys", "run"} {
+	err = errors.Join(err, unix.Mount("proc", filepath.Join(root, "proc"), "proc", 0, ""))
+	for _, dir := range []string{"dev", "sys", "run", "tmp", "var/tmp"} {
 		err = errors.Join(err, unix.Mount("tmpfs", filepath.Join(root, dir), "tmpfs", 0, ""))
 	}
 	for _, name := range []string{"hosts", "hostname", "resolv.conf"} {
@@ -46,8 +47,10 @@ const mountsLoader = `package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
+	"strings"
 )
 
 func main() {
@@ -74,6 +77,21 @@ func main() {
 			text = append(text, ", can be written to"...)
 		}
 		trace += string(text) + "|"
+	}
+	for _, path := range []string{"/new", "/workspace/new", "/etc/new", "/var/tmp/new"} {
+		trace += fmt.Sprint(os.WriteFile(path, []byte("x"), 0o600), "|")
+	}
+	written, err := 0, error(nil)
+	for f, _ := os.Create("/tmp/fill"); err == nil; written++ {
+		_, err = f.Write(make([]byte, 1<<20))
+	}
+	dir, _ := os.Getwd()
+	trace += fmt.Sprint(written, " ", err, "|", dir)
+	status, _ := os.ReadFile("/proc/self/status")
+	for _, line := range strings.Split(string(status), "\n") {
+		if strings.HasPrefix(line, "Cap") {
+			trace += "|" + line
+		}
 	}
 	json.NewEncoder(conn).Encode(map[string]any{"failed": map[string]string{"error": "no fault", "trace": trace}})
 }
@@ -142,17 +160,20 @@ func TestContainer(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	tree, err := instance.Detach([]mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{
+	prepared, err := instance.Detach([]mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{
 		"lowerdir=" + filepath.Join(top, "lower"), "upperdir=" + filepath.Join(top, "upper"), "workdir=" + filepath.Join(top, "work"),
 	}}}, filepath.Join(top, "scratch"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tree.Close()
-	err = l.Launch(ctx, instance.Launch{Root: instance.Rootfs{Tree: tree}, Loader: true, Process: &specs.Process{
-		Args: []string{"/bin/loader"}, Cwd: "/",
+	defer prepared.Close()
+	err = l.Launch(ctx, instance.Launch{Root: prepared, Loader: true, Process: &specs.Process{
+		Args: []string{"/bin/loader"}, Cwd: "/srv/of/the/image",
 	}})
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.LimitTmp(2 << 20); err != nil {
 		t.Fatal(err)
 	}
 	conn, err := l.Dial(ctx)
@@ -166,7 +187,12 @@ func TestContainer(t *testing.T) {
 	}
 	mountInto(t, ctx, l, top)
 	_, _, err = told.Load(ctx, instance.LoadQuestion{})
-	if want := "no fault\ncode|hush|open /control/launch.sock: no such file or directory|"; err == nil || err.Error() != want {
+	const none = "0000000000000000"
+	want := "no fault\ncode|hush|open /control/launch.sock: no such file or directory|" +
+		"open /new: read-only file system|open /workspace/new: read-only file system|open /etc/new: read-only file system|<nil>|" +
+		"3 write /tmp/fill: no space left on device|/srv/of/the/image|" +
+		"CapInh:\t" + none + "|CapPrm:\t" + none + "|CapEff:\t" + none + "|CapBnd:\t" + none + "|CapAmb:\t" + none
+	if err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
 }

@@ -3,7 +3,6 @@ package instance
 import (
 	"context"
 	"fmt"
-	"net/url"
 	"syscall"
 	"time"
 
@@ -45,8 +44,7 @@ func (n *node) runTask(ctx context.Context, c container) (pid uint32, err error)
 	if err != nil {
 		return 0, fmt.Errorf("create container %s: %w", c.ID, err)
 	}
-	output := (&url.URL{Scheme: "file", Path: c.Log}).String()
-	made, err := n.client.TaskService().Create(ctx, &taskapi.CreateTaskRequest{ContainerID: c.ID, Stdout: output, Stderr: output})
+	made, err := n.client.TaskService().Create(ctx, &taskapi.CreateTaskRequest{ContainerID: c.ID, Stdout: c.Output, Stderr: c.Output})
 	if err != nil {
 		return 0, fmt.Errorf("create process of %s: %w", c.ID, errgrpc.ToNative(err))
 	}

@@ -147,7 +147,7 @@ func (e *Engine) makeSandbox(ctx context.Context, i *instance) (sandbox, launche
 
 // container names an Instance's container and where its files are.
 func (e *Engine) container(id string) container {
-	return container{ID: containerID(id), Log: e.outputOf(id), Control: e.controlOf(id)}
+	return container{ID: containerID(id), Output: e.outputTo(e.outputOf(id)), Control: e.controlOf(id)}
 }
 
 func (e *Engine) endCreation(i *instance, s sandbox, l launcher, err error) {

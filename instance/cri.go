@@ -23,6 +23,7 @@ func (n *node) RunSandbox(ctx context.Context, pod string) (sandbox, error) {
 		Labels:   map[string]string{labelInstance: pod, labelNode: n.name},
 		Linux: &cri.LinuxPodSandboxConfig{
 			CgroupParent: n.cgroups.pod(pod),
+			Sysctls:      map[string]string{"net.ipv4.ip_unprivileged_port_start": "0"}, // so that port 80 needs no capability
 			SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{
 				Network: cri.NamespaceMode_POD, Ipc: cri.NamespaceMode_POD, Pid: cri.NamespaceMode_CONTAINER,
 			}},

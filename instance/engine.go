@@ -67,7 +67,9 @@ func New(cfg Config) (*Engine, error) {
 			return nil, fmt.Errorf("instance engine: %w", err)
 		}
 	}
-	root, err := writeLauncherRoot(cfg.Root, map[string]string{launcherProgram: cfg.Launcher, sidecarProgram: cfg.Sidecar})
+	root, err := writeLauncherRoot(cfg.Root, map[string]string{
+		launcherProgram: cfg.Launcher, logWriterProgram: cfg.LogWriter, sidecarProgram: cfg.Sidecar,
+	})
 	if err != nil {
 		return nil, fmt.Errorf("instance engine: %w", err)
 	}
@@ -101,7 +103,7 @@ func newEngine(cfg Config, b backend, c cgroups, proc string) (*Engine, error) {
 	e.library = newLibrary(b, cfg.Phases, e.spawn)
 	e.shelf = newShelf(b, e.library, cfg.Prefetch, cfg.Logger, e.spawn)
 	e.codes = newCodeStore(b, e.library, cfg.Logger, e.spawn)
-	e.logs = &logStore{root: cfg.Root, kept: cfg.KeptLogs, maxBytes: cfg.MaxLogBytes}
+	e.logs = &logStore{root: cfg.Root, kept: cfg.KeptLogs}
 	return e, nil
 }
 

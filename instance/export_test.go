@@ -91,8 +91,17 @@ func SplitLines(first, second []byte) ([][]byte, error) {
 // ConnectError gives an error its code.
 func ConnectError(err error) error { return connectError(err) }
 
-// Detach mounts a snapshot where nobody sees it.
-func Detach(mounts []mount.Mount, scratch string) (*os.File, error) { return detach(mounts, scratch) }
+// Detach mounts a snapshot where nobody sees it, with a tmpfs for what is written to it.
+func Detach(mounts []mount.Mount, scratch string) (r Rootfs, err error) {
+	r.Tree, r.Upper, err = detach(mounts, scratch)
+	return r, err
+}
+
+// Close lets go of both.
+func (r rootfs) Close() { r.close() }
+
+// MakeRoom lets so much be written.
+func (r rootfs) MakeRoom(bytes int64) error { return r.makeRoom(bytes) }
 
 // RelativeLowers shortens an overlay's options.
 func RelativeLowers(options []string) (base, joined string) { return relativeLowers(options) }

@@ -290,6 +290,8 @@ func (l *fakeLauncher) Mount(_ context.Context, list ...instance.Attachment) err
 	})
 }
 
+func (*fakeLauncher) LimitTmp(int64) error { return nil }
+
 func (*fakeLauncher) Pid() uint32 { return 1 }
 
 func (*fakeLauncher) Close() error { return nil }

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 )
 
@@ -32,6 +34,12 @@ func (e *Engine) filesOf(id string) string { return filepath.Join(e.filesRoot(),
 
 // outputOf is where the output of an Instance's process goes until a Function's log is made of it.
 func (e *Engine) outputOf(id string) string { return filepath.Join(e.filesOf(id), "output"+logSuffix) }
+
+// outputTo has containerd's shim start a logwriter, which writes a container's output to that file and bounds it.
+func (e *Engine) outputTo(file string) string {
+	arguments := url.Values{"file": {file}, "bytes": {strconv.FormatInt(e.cfg.MaxLogBytes, 10)}}
+	return (&url.URL{Scheme: "binary", Path: e.launcherRoot + logWriterProgram, RawQuery: arguments.Encode()}).String()
+}
 
 // controlOf is the directory of the launcher's socket.
 func (e *Engine) controlOf(id string) string { return filepath.Join(e.filesOf(id), "control") }

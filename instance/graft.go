@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -21,39 +22,124 @@ var carried = []struct {
 	{path: "dev"},
 	{path: "sys"},
 	{path: "run"},
+	{path: "tmp"},
+	{path: "var/tmp"},
 	{path: "etc/" + fileHosts, file: true},
 	{path: "etc/" + fileHostname, file: true},
 	{path: "etc/" + fileResolvConf, file: true},
 }
 
-// detach mounts a writable snapshot where nobody sees it, with a place for each of the carried mounts.
-func detach(mounts []mount.Mount, scratch string) (*os.File, error) {
-	tree, err := mountDetached(mounts, scratch, 0)
+// upperBytes bounds what is written to a root file system before it is a Function's: places for mounts.
+const upperBytes = 1 << 20
+
+// detach mounts a snapshot where nobody sees it, with a place for each of the carried mounts. What is written to tree is in a file
+// system in memory, upper, which has next to no room until resize gives it some: so nothing that a Function writes is ever on the
+// disk, and all of it counts as memory of whoever wrote it.
+func detach(mounts []mount.Mount, scratch string) (tree, upper *os.File, err error) {
+	if err := checkMounts(mounts); err != nil {
+		return nil, nil, err
+	}
+	err = inOwnMounts(func() (err error) {
+		tree, upper, err = mountOver(mounts[0], scratch)
+		return err
+	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for _, m := range carried {
 		if err := makeMountPoint(tree, m.path, m.file); err != nil {
-			return nil, errors.Join(fmt.Errorf("place for /%s: %w", m.path, err), tree.Close())
+			return nil, nil, errors.Join(fmt.Errorf("place for /%s: %w", m.path, err), tree.Close(), upper.Close())
 		}
 	}
-	return tree, nil
+	return tree, upper, nil
+}
+
+// mountOver mounts a snapshot with a tmpfs as its uppermost directory, and detaches both.
+func mountOver(m mount.Mount, scratch string) (tree, upper *os.File, err error) {
+	lower := mount.Mount{Type: "overlay", Options: []string{"lowerdir=" + m.Source}}
+	own := m.Source // the directory that has the root's mode and owner
+	if m.Type == "overlay" {
+		lower.Options = nil
+		for _, option := range m.Options {
+			key, value, _ := strings.Cut(option, "=")
+			switch key {
+			case "upperdir":
+				own = value
+			case "workdir":
+			default:
+				lower.Options = append(lower.Options, option)
+			}
+		}
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(own, &st); err != nil {
+		return nil, nil, fmt.Errorf("look at %s: %w", own, err)
+	}
+	if err := unix.Mount("tmpfs", scratch, "tmpfs", 0, "mode=0700,size="+strconv.Itoa(upperBytes)); err != nil {
+		return nil, nil, fmt.Errorf("mount memory for what is written: %w", err)
+	}
+	root, top, work := scratch+"/root", scratch+"/upper", scratch+"/work"
+	for _, dir := range []string{root, top, work} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return nil, nil, err
+		}
+	}
+	if err := errors.Join(unix.Chmod(top, st.Mode&0o7777), unix.Chown(top, int(st.Uid), int(st.Gid))); err != nil {
+		return nil, nil, fmt.Errorf("owner and mode of the root: %w", err)
+	}
+	lower.Options = append(lower.Options, "upperdir="+top, "workdir="+work)
+	if err := mountOne(lower, root); err != nil {
+		return nil, nil, err
+	}
+	if tree, err = detached(root); err != nil {
+		return nil, nil, err
+	}
+	if upper, err = detached(scratch); err != nil {
+		return nil, nil, errors.Join(err, tree.Close())
+	}
+	return tree, upper, nil
+}
+
+// detached is a mount's clone that is in no namespace: it goes with the last file that refers to it.
+func detached(path string) (*os.File, error) {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("detach mount: %w", err)
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// resize sets how much a tmpfs takes. One that has more already is left as it is.
+func resize(at int, path string, bytes int64) error {
+	fs, err := unix.Fspick(at, path, unix.FSPICK_CLOEXEC|unix.FSPICK_EMPTY_PATH)
+	if err != nil {
+		return &os.SyscallError{Syscall: "fspick", Err: err}
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigSetString(fs, "size", strconv.FormatInt(bytes, 10)); err != nil {
+		return &os.SyscallError{Syscall: "fsconfig", Err: err}
+	}
+	if err := unix.FsconfigReconfigure(fs); err != nil && !errors.Is(err, unix.EINVAL) {
+		return &os.SyscallError{Syscall: "fsconfig", Err: err}
+	}
+	return nil
+}
+
+func checkMounts(mounts []mount.Mount) error {
+	if len(mounts) != 1 || mounts[0].Type != "overlay" && mounts[0].Type != "bind" {
+		return fmt.Errorf("a root file system of other than one overlay or directory: %v", mounts)
+	}
+	return nil
 }
 
 // mountDetached mounts a snapshot in no namespace: the mount goes with the last file that refers to it, so that whoever is killed
 // leaves none behind. flags restrict it, as in MS_RDONLY. scratch is an empty directory.
 func mountDetached(mounts []mount.Mount, scratch string, flags uintptr) (*os.File, error) {
-	if len(mounts) != 1 || mounts[0].Type != "overlay" && mounts[0].Type != "bind" {
-		return nil, fmt.Errorf("a root file system of other than one overlay or directory: %v", mounts)
+	if err := checkMounts(mounts); err != nil {
+		return nil, err
 	}
 	var tree *os.File
-	err := onOwnThread(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-			return fmt.Errorf("make a mount namespace: %w", err)
-		}
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			return fmt.Errorf("keep mounts private: %w", err)
-		}
+	err := inOwnMounts(func() (err error) {
 		if err := mountOne(mounts[0], scratch); err != nil {
 			return err
 		}
@@ -62,14 +148,36 @@ func mountDetached(mounts []mount.Mount, scratch string, flags uintptr) (*os.Fil
 				return fmt.Errorf("restrict mount: %w", err)
 			}
 		}
-		fd, err := unix.OpenTree(unix.AT_FDCWD, scratch, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-		if err != nil {
-			return fmt.Errorf("detach mount: %w", err)
-		}
-		tree = os.NewFile(uintptr(fd), scratch)
-		return nil
+		tree, err = detached(scratch)
+		return err
 	})
 	return tree, err
+}
+
+// inOwnMounts runs f on a thread of its own whose mounts nobody else sees, and which end with it.
+func inOwnMounts(f func() error) error {
+	return onOwnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("make a mount namespace: %w", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return fmt.Errorf("keep mounts private: %w", err)
+		}
+		return f()
+	})
+}
+
+// inMountsOf runs f on a thread of its own in a container's mount namespace.
+func inMountsOf(namespace *os.File, f func() error) error {
+	return onOwnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_FS); err != nil { // a thread that shares its root with others cannot leave
+			return fmt.Errorf("unshare root: %w", err)
+		}
+		if err := unix.Setns(int(namespace.Fd()), unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("enter the container's mounts: %w", err)
+		}
+		return f()
+	})
 }
 
 // mountOne mounts an overlay or a directory; the thread's working directory is lost.
@@ -158,16 +266,21 @@ func makeMountPoint(tree *os.File, path string, file bool) error {
 	return nil
 }
 
-// makeDirs opens a directory of a tree, having made what is missing of it: not more than one level, for what is carried.
+// makeDirs opens a directory of a tree, having made what is missing of it.
 func makeDirs(tree *os.File, path string) (*os.File, error) {
 	dir, err := openIn(tree, path, unix.O_DIRECTORY)
-	if errors.Is(err, unix.ENOENT) {
-		if err := unix.Mkdirat(int(tree.Fd()), path, 0o755); err != nil {
-			return nil, err
-		}
-		dir, err = openIn(tree, path, unix.O_DIRECTORY)
+	if !errors.Is(err, unix.ENOENT) || path == "." {
+		return dir, err
 	}
-	return dir, err
+	parent, err := makeDirs(tree, filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	defer parent.Close()
+	if err := unix.Mkdirat(int(parent.Fd()), filepath.Base(path), 0o755); err != nil {
+		return nil, err
+	}
+	return openIn(tree, path, unix.O_DIRECTORY)
 }
 
 // openIn opens a path of a tree, which is the root for all links in it.
@@ -182,16 +295,10 @@ func openIn(tree *os.File, path string, flags uint64) (*os.File, error) {
 }
 
 // graft exchanges the root file system of a container that runs the launcher: tree, which detach made, takes its place, for all
-// its processes, and keeps what is carried. namespace is the container's mount namespace. After an error the container is good
-// for nothing. See pivot_root(2), move_mount(2).
-func graft(namespace, tree *os.File) error {
-	return onOwnThread(func() error {
-		if err := unix.Unshare(unix.CLONE_FS); err != nil { // a thread that shares its root with others cannot leave
-			return fmt.Errorf("unshare root: %w", err)
-		}
-		if err := unix.Setns(int(namespace.Fd()), unix.CLONE_NEWNS); err != nil {
-			return fmt.Errorf("enter the container's mounts: %w", err)
-		}
+// its processes, with these attributes, and keeps what is carried. namespace is the container's mount namespace. After an error the
+// container is good for nothing. See pivot_root(2), move_mount(2), mount_setattr(2).
+func graft(namespace, tree *os.File, attributes uint64) error {
+	return inMountsOf(namespace, func() error {
 		err := unix.MoveMount(int(tree.Fd()), "", unix.AT_FDCWD, launcherGraft, unix.MOVE_MOUNT_F_EMPTY_PATH)
 		if err != nil {
 			return fmt.Errorf("mount root: %w", err)
@@ -200,6 +307,9 @@ func graft(namespace, tree *os.File) error {
 			if err := carry(tree, m.path); err != nil {
 				return fmt.Errorf("carry /%s: %w", m.path, err)
 			}
+		}
+		if err := unix.MountSetattr(int(tree.Fd()), "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: attributes}); err != nil {
+			return fmt.Errorf("restrict root: %w", err)
 		}
 		if err := unix.Fchdir(int(tree.Fd())); err != nil {
 			return fmt.Errorf("enter root: %w", err)

@@ -2,6 +2,7 @@ package instance_test
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"golang.org/x/sys/unix"
 
 	"github.com/hearth-serverless/hearth/instance"
 )
@@ -30,6 +32,7 @@ func TestDetach(t *testing.T) {
 		bad  string // what the error has to name
 	}{
 		"an empty image":                  {path: "x", make: directory},
+		"/tmp is a link":                  {path: "tmp", make: link("/outside")},
 		"all there":                       {path: "etc/hosts", make: file},
 		"a link out of the tree by ..":    {path: "etc/resolv.conf", make: link("../../../../../../outside")},
 		"an absolute link":                {path: "proc", make: link("/outside")},
@@ -64,7 +67,7 @@ func TestDetach(t *testing.T) {
 			if err := c.make(target); err != nil {
 				t.Fatal(err)
 			}
-			tree, err := instance.Detach([]mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{
+			root, err := instance.Detach([]mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{
 				"lowerdir=" + filepath.Join(top, "lower"), "upperdir=" + filepath.Join(top, "upper"), "workdir=" + filepath.Join(top, "work"),
 			}}}, filepath.Join(top, "scratch"))
 			if outside, _ := os.ReadDir(filepath.Join(top, "outside")); len(outside) > 0 {
@@ -79,18 +82,66 @@ func TestDetach(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer tree.Close()
+			defer root.Close()
 			etc := cmp.Or(c.etc, "etc")
-			for path, isDir := range map[string]bool{"proc": true, "dev": true, "sys": true, "run": true, etc + "/hosts": false, etc + "/resolv.conf": false} {
-				info, err := os.Lstat(fmt.Sprintf("/proc/self/fd/%d/%s", tree.Fd(), path))
+			for path, isDir := range map[string]bool{"proc": true, "dev": true, "sys": true, "run": true, "tmp": true, "var/tmp": true, etc + "/hosts": false, etc + "/resolv.conf": false} {
+				info, err := os.Lstat(fmt.Sprintf("/proc/self/fd/%d/%s", root.Tree.Fd(), path))
 				if err != nil || info.IsDir() != isDir || info.Mode()&os.ModeSymlink != 0 {
 					t.Errorf("%s is %v, %v", path, info, err)
 				}
 			}
-			if seen, _ := os.ReadDir(filepath.Join(top, "scratch")); len(seen) > 0 {
-				t.Error("the mount can be seen")
+			for _, dir := range []string{"scratch", "upper", "work"} {
+				if seen, _ := os.ReadDir(filepath.Join(top, dir)); len(seen) > 0 {
+					t.Errorf("%s has %s: the mount can be seen, or what is written to it is on the disk", dir, seen[0].Name())
+				}
 			}
 		})
+	}
+}
+
+// TestRootTakesItsShare: what is written to a root file system is bounded, and the bound can be set.
+func TestRootTakesItsShare(t *testing.T) {
+	if os.Geteuid() != 0 { // the one probe: as root nothing skips
+		t.Skip("mounting wants root")
+	}
+	lower := t.TempDir()
+	if err := os.Chmod(lower, 0o751); err != nil {
+		t.Fatal(err)
+	}
+	root, err := instance.Detach([]mount.Mount{{Type: "bind", Source: lower, Options: []string{"rw", "rbind"}}}, t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	top := fmt.Sprintf("/proc/self/fd/%d", root.Tree.Fd())
+	if info, err := os.Stat(top); err != nil || info.Mode().Perm() != 0o751 {
+		t.Errorf("the root is %v, %v", info, err)
+	}
+	fill := func() (written int, err error) {
+		f, err := os.Create(top + "/fill")
+		if err != nil {
+			return 0, err
+		}
+		defer f.Close()
+		for block := make([]byte, 1<<20); err == nil && written < 64; written++ {
+			_, err = f.Write(block)
+		}
+		return written, err
+	}
+	if n, err := fill(); n > 2 || !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("as it is prepared it takes %d MiB, %v", n, err)
+	}
+	if err := root.MakeRoom(8 << 20); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := fill(); n < 7 || n > 9 || !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("with 8 MiB it takes %d, %v", n, err)
+	}
+	if err := root.MakeRoom(1 << 20); err != nil {
+		t.Errorf("less than it has: %v", err)
+	}
+	if left, _ := os.ReadDir(lower); len(left) > 0 {
+		t.Errorf("%s is on the disk", left[0].Name())
 	}
 }
 

@@ -69,7 +69,7 @@ func (n *node) PrepareSnapshot(ctx context.Context, key string, img *image) (roo
 	if r.User, err = n.user(ctx, key, img); err != nil {
 		return r, fmt.Errorf("user %q of image %s: %w", img.Config.User, img.Ref, err)
 	}
-	if r.Tree, err = detach(mounts, n.scratch); err != nil {
+	if r.Tree, r.Upper, err = detach(mounts, n.scratch); err != nil {
 		return r, fmt.Errorf("root file system of image %s: %w", img.Ref, err)
 	}
 	return r, nil

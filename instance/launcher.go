@@ -1,6 +1,7 @@
 package instance
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,10 +23,11 @@ import (
 
 // Paths in a launcher's root file system.
 const (
-	launcherProgram = "/launcher"
-	launcherControl = "/control"  // of the directory with its socket, which is one of the Instance's
-	launcherGraft   = "/function" // where the Function's root file system is mounted for a moment
-	launcherSocket  = "launch.sock"
+	launcherProgram  = "/launcher"
+	logWriterProgram = "/logwriter" // which runs outside of it: it is here because this folder stays as long as an Instance is
+	launcherControl  = "/control"   // of the directory with its socket, which is one of the Instance's
+	launcherGraft    = "/function"  // where the Function's root file system is mounted for a moment
+	launcherSocket   = "launch.sock"
 )
 
 const (
@@ -36,9 +38,10 @@ const (
 )
 
 // writeLauncherRoot makes the root file system that all launchers and sidecars run in: the programs, by where they are to be, and
-// places for mounts. It is named by the programs' content, so that those that run keep theirs.
+// places for mounts. It is named by all of that, so that those that run keep theirs.
 func writeLauncherRoot(root string, programs map[string]string) (string, error) {
 	content, texts := digest.Canonical.Digester(), map[string][]byte{}
+	_, _ = fmt.Fprint(content.Hash(), carried)
 	for _, place := range slices.Sorted(maps.Keys(programs)) {
 		if programs[place] == "" {
 			continue
@@ -96,7 +99,7 @@ func fillLauncherRoot(dir string, programs map[string][]byte) error {
 			if err := os.WriteFile(path, nil, 0o644); err != nil {
 				return err
 			}
-		} else if err := os.Mkdir(path, 0o755); err != nil {
+		} else if err := os.MkdirAll(path, 0o755); err != nil {
 			return err
 		}
 	}
@@ -223,7 +226,16 @@ func (l *taskLauncher) Launch(ctx context.Context, what launch) error {
 			return fmt.Errorf("place for %s: %w", codePath, err)
 		}
 	}
-	if err := graft(l.namespace, what.Root.Tree); err != nil {
+	cwd, err := makeDirs(what.Root.Tree, cmp.Or(strings.TrimPrefix(p.Cwd, "/"), ".")) // nobody can, once the root is read-only
+	if err != nil {
+		return fmt.Errorf("working directory %s: %w", p.Cwd, err)
+	}
+	_ = cwd.Close() // it is only a path
+	attributes := uint64(unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_RDONLY)
+	if what.Writable {
+		attributes &^= unix.MOUNT_ATTR_RDONLY
+	}
+	if err := graft(l.namespace, what.Root.Tree, attributes); err != nil {
 		return fmt.Errorf("root file system: %w", err)
 	}
 	defer context.AfterFunc(ctx, func() { _ = l.conn.SetDeadline(time.Unix(1, 0)) })() // what waits ends; a closed one needs no end
@@ -238,6 +250,15 @@ func (l *taskLauncher) Launch(ctx context.Context, what launch) error {
 		return fmt.Errorf("launch: %s", reason)
 	case err != nil && !errors.Is(err, unix.ECONNRESET): // the process ended at once, before it had read all
 		return fmt.Errorf("launch: %w", err)
+	}
+	return nil
+}
+
+// LimitTmp implements launcher.
+func (l *taskLauncher) LimitTmp(bytes int64) error {
+	err := inMountsOf(l.namespace, func() error { return resize(unix.AT_FDCWD, "/tmp", bytes) })
+	if err != nil {
+		return fmt.Errorf("limit /tmp: %w", err)
 	}
 	return nil
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/logfile"
 )
 
 // maxLine is the longest line that is sent in one piece.
@@ -176,14 +177,18 @@ func tailOffset(path string, n int) (offset int64, lines int, err error) {
 	if err != nil || n <= 0 || end == 0 {
 		return end, 0, err
 	}
-	return lineStart(f, end, n)
+	start, err := logfile.Start(f, 0)
+	if err != nil {
+		return 0, 0, err
+	}
+	return lineStart(f, start, end, n)
 }
 
-// lineStart reads backwards from end, which is not 0, to the beginning of the nth line from there, or of the first.
-func lineStart(f io.ReaderAt, end int64, n int) (offset int64, lines int, err error) {
+// lineStart reads backwards from end, which is beyond start, to the beginning of the nth line from there, or to start.
+func lineStart(f io.ReaderAt, start, end int64, n int) (offset int64, lines int, err error) {
 	block := make([]byte, 32<<10)
-	for at := end; at > 0; {
-		from := max(0, at-int64(len(block)))
+	for at := end; at > start; {
+		from := max(start, at-int64(len(block)))
 		b := block[:at-from]
 		if _, err := f.ReadAt(b, from); err != nil && !errors.Is(err, io.EOF) {
 			return 0, 0, err
@@ -198,10 +203,11 @@ func lineStart(f io.ReaderAt, end int64, n int) (offset int64, lines int, err er
 		}
 		at = from
 	}
-	return 0, lines + 1, nil
+	return start, lines + 1, nil
 }
 
-// readFile sends what one file has that was not sent. A file that became shorter was emptied, and begins anew.
+// readFile sends what one file has that was not sent. A file that became shorter was emptied, and begins anew; of one that has lost
+// its beginning, what is kept comes next.
 func (r *logReader) readFile(ctx context.Context, instance, path string, final bool) error {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -225,7 +231,32 @@ func (r *logReader) readFile(ctx context.Context, instance, path string, final b
 		*p = position{}
 	}
 	// Not beyond the size of now: a Function that writes for ever does not keep its neighbours' lines from being sent.
-	return r.sendLines(ctx, instance, p, io.NewSectionReader(f, p.offset, info.Size()-p.offset), final)
+	return r.readKept(ctx, instance, p, f, info.Size(), final)
+}
+
+// readKept sends what is between a position and end, without what is lost while it reads.
+func (r *logReader) readKept(ctx context.Context, instance string, p *position, f *os.File, end int64, final bool) error {
+	block := make([]byte, maxLine)
+	for {
+		n, err := f.ReadAt(block[:min(int64(len(block)), end-p.offset)], p.offset)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		start, err := logfile.Start(f, p.offset)
+		if err != nil {
+			return err
+		}
+		if start > p.offset {
+			if *p = (position{offset: start}); start >= end {
+				return nil
+			}
+			continue
+		}
+		last := p.offset+int64(n) >= end || n == 0
+		if err := r.sendLines(ctx, instance, p, bytes.NewReader(block[:n]), final && last); err != nil || last {
+			return err
+		}
+	}
 }
 
 func (r *logReader) sendLines(ctx context.Context, instance string, p *position, from io.Reader, final bool) error {

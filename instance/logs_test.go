@@ -14,6 +14,7 @@ import (
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/instance"
+	"github.com/hearth-serverless/hearth/internal/logfile"
 )
 
 func write(t *testing.T, e *instance.Engine, id, text string, at time.Time) string {
@@ -100,6 +101,66 @@ func TestLogsFollow(t *testing.T) {
 	})
 	if err != nil || len(steps) > 0 {
 		t.Errorf("%v; %d lines have not come", err, len(steps))
+	}
+}
+
+// TestLogsThatLostTheirBeginning: of a log that had too much, the end is read, after a line that says what is missing; and whoever
+// follows while it is cut gets whole lines, in order, or that line.
+func TestLogsThatLostTheirBeginning(t *testing.T) {
+	e := run(t, newFake(t))
+	path, err := e.LogPath("hello", "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := logfile.Open(path, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	const lines = 40_000
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var followed []string
+	ended := make(chan error, 1)
+	go func() {
+		ended <- e.StreamLogs(ctx, &hearthv1.LogsRequest{Function: "hello", Follow: true}, func(l *hearthv1.LogsResponse) error {
+			followed = append(followed, string(l.Line))
+			if strings.HasPrefix(string(l.Line), "the end") {
+				cancel()
+			}
+			return nil
+		})
+	}()
+	s := w.Stream()
+	for n := range lines {
+		s.Write(fmt.Appendf(nil, "line %d %s\n", n, strings.Repeat("x", 90)))
+	}
+	s.Write([]byte("the end\n"))
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	last := -1
+	for _, line := range followed {
+		var n int
+		switch _, err := fmt.Sscanf(line, "line %d x", &n); {
+		case strings.HasPrefix(line, "hearth: ") && strings.Contains(line, "were dropped") || line == "the end":
+		case err != nil || n <= last || len(line) != len(fmt.Sprintf("line %d ", n))+90:
+			t.Fatalf("after line %d came %.120q", last, line)
+		default:
+			last = n
+		}
+	}
+	if last != lines-1 {
+		t.Errorf("the last line is %d", last)
+	}
+	var tail []string
+	err = e.StreamLogs(t.Context(), &hearthv1.LogsRequest{Function: "hello", Tail: lines}, func(l *hearthv1.LogsResponse) error {
+		tail = append(tail, string(l.Line))
+		return nil
+	})
+	var lost int
+	if _, scan := fmt.Sscanf(tail[0], "hearth: %d lines (", &lost); err != nil || scan != nil || lost+len(tail)-1 != lines+1 {
+		t.Errorf("the tail begins %.100q and has %d lines; %v", tail[0], len(tail), err)
 	}
 }
 

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/hearth-serverless/hearth/internal/logfile"
 )
 
 const (
@@ -19,19 +21,17 @@ const (
 	maxFunctionsLogged = 500
 )
 
-// logStore knows the files that Functions write to: ROOT/logs/FUNCTION/INSTANCE.log. The shim appends to them; the engine
-// empties one that grows too large, and removes the oldest of those whose Instance has gone.
+// logStore knows the files that Functions write to: ROOT/logs/FUNCTION/INSTANCE.log. Each has a logwriter, which appends to it and
+// bounds it; the engine removes the oldest of those whose Instance has gone.
 type logStore struct {
-	root     string
-	kept     int
-	maxBytes int64
+	root string
+	kept int
 }
 
 // logFile is one, as it was found.
 type logFile struct {
 	instance, path string
 	changed        time.Time
-	bytes          int64
 }
 
 func (l *logStore) base() string { return filepath.Join(l.root, "logs") }
@@ -45,16 +45,21 @@ const runtimePrefix = "runtime."
 // runtimeLog names the log of what a Runtime says while it boots and waits.
 func runtimeLog(runtime string) string { return runtimePrefix + runtime }
 
-// keep appends what is in an Instance's output file to the log of a Runtime, and empties the file; the shim goes on at its
-// beginning. So the Function that comes has a log of its own.
+// keep appends what is in an Instance's output file to the log of a Runtime, and empties the file; its writer goes on at
+// the beginning. So the Function that comes has a log of its own.
 func (l *logStore) keep(name, instance, output string) error {
 	from, err := os.OpenFile(output, os.O_RDWR, 0)
 	if err != nil {
 		return fmt.Errorf("log of instance %s: %w", instance, err)
 	}
 	defer from.Close()
-	if info, err := from.Stat(); err != nil || info.Size() == 0 {
+	info, err := from.Stat()
+	if err != nil || info.Size() == 0 {
 		return err
+	}
+	start, err := logfile.Start(from, 0)
+	if err != nil {
+		return fmt.Errorf("log of instance %s: %w", instance, err)
 	}
 	path := filepath.Join(l.dir(name), instance+logSuffix)
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
@@ -64,7 +69,7 @@ func (l *logStore) keep(name, instance, output string) error {
 	if err != nil {
 		return fmt.Errorf("log of instance %s: %w", instance, err)
 	}
-	_, err = io.Copy(to, io.LimitReader(from, l.maxBytes))
+	_, err = io.Copy(to, io.NewSectionReader(from, start, info.Size()-start))
 	if err := errors.Join(err, to.Close(), from.Truncate(0)); err != nil {
 		return fmt.Errorf("log of instance %s: %w", instance, err)
 	}
@@ -97,7 +102,7 @@ func (l *logStore) files(function string) ([]logFile, error) {
 			continue
 		}
 		files = append(files, logFile{
-			instance: instance, path: filepath.Join(l.dir(function), d.Name()), changed: info.ModTime(), bytes: info.Size(),
+			instance: instance, path: filepath.Join(l.dir(function), d.Name()), changed: info.ModTime(),
 		})
 	}
 	slices.SortFunc(files, func(a, b logFile) int {
@@ -124,8 +129,7 @@ func (l *logStore) prune(function string, live func(instance string) bool) error
 	return nil
 }
 
-// trim empties files that have grown too large, and removes the logs of Functions beyond the bound. The shim opens files for
-// appending, so that it goes on at the beginning of an emptied one.
+// trim removes the logs of Functions beyond the bound.
 func (l *logStore) trim() error {
 	functions, err := os.ReadDir(l.base())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -137,9 +141,6 @@ func (l *logStore) trim() error {
 		files, err := l.files(d.Name())
 		errs = append(errs, err)
 		for _, f := range files {
-			if f.bytes > l.maxBytes {
-				errs = append(errs, os.Truncate(f.path, 0))
-			}
 			changed[d.Name()] = f.changed // the last is the newest
 		}
 	}

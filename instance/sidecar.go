@@ -86,7 +86,8 @@ func (e *Engine) hasSidecar(id string) bool {
 
 // sidecarContainer names the container and where its files are.
 func (e *Engine) sidecarContainer(id string) container {
-	return container{ID: sidecarID(id), Log: filepath.Join(e.filesOf(id), "sidecar"+logSuffix), Control: e.sidecarOf(id)}
+	output := e.outputTo(filepath.Join(e.filesOf(id), "sidecar"+logSuffix))
+	return container{ID: sidecarID(id), Output: output, Control: e.sidecarOf(id)}
 }
 
 // sidecarSpec is the Function's less all that a program needs not which only forwards: no capability, no user, no file but its

@@ -24,17 +24,14 @@ import (
 // score, which needs no privilege.
 const oomScore = 500
 
-// capabilities are those that images expect which start as root and then become somebody else (nginx, postgres): to own files, to
-// change the user, to end their children, to bind port 80. Of what the CRI gives, this leaves out raw sockets, device nodes,
-// chroot, file capabilities and the audit log, which no Function needs and attacks do.
-var capabilities = []string{
-	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_NET_BIND_SERVICE",
-}
+// capabilities are what the launcher needs to become an image's user: to give it its output, to change user and groups, and to
+// empty the bounding set. What it executes has none (runtimes/launcher).
+var capabilities = []string{"CAP_CHOWN", "CAP_SETGID", "CAP_SETUID", "CAP_SETPCAP"}
 
 // spec describes an Instance's container as it is made, with the launcher in it: the pod's network, IPC and host name,
 // everything else its own, and the restrictions that the CRI gives an ordinary container, plus no new privileges, fewer
-// capabilities, and bounds for processes and memory. The Function's process inherits them all. Its tmpfs (/run, /dev, /dev/shm)
-// have 64 MiB each and count as its memory.
+// capabilities, and bounds for processes and memory. The Function's process inherits them all, and loses the capabilities. What it
+// can write to is in memory, and counts as its own.
 func (e *Engine) spec(ctx context.Context, i *instance, box sandbox) (*specs.Spec, error) {
 	// containerd's own defaults: capabilities, mounts, masked and read-only paths, devices. They depend on nothing but the name.
 	ctx = namespaces.WithNamespace(ctx, e.cfg.Namespace)
@@ -98,7 +95,9 @@ func loaderProcess(host string, img *image, user specs.User, rt *hearthv1.Runtim
 }
 
 // become describes in a container's spec the process that its launcher has become.
-func become(to, p *specs.Process) { to.Args, to.Env, to.Cwd, to.User = p.Args, p.Env, p.Cwd, p.User }
+func become(to, p *specs.Process) {
+	to.Args, to.Env, to.Cwd, to.User, to.Capabilities = p.Args, p.Env, p.Cwd, p.User, &specs.LinuxCapabilities{}
+}
 
 // command is what the container runs, by the rules of Kubernetes: a command replaces both the image's entrypoint and its
 // arguments, arguments replace the image's arguments only.
@@ -157,10 +156,25 @@ func (e *Engine) mounts(id string) []specs.Mount {
 	for _, name := range []string{fileHosts, fileHostname, fileResolvConf} {
 		list = append(list, specs.Mount{
 			Destination: "/etc/" + name, Type: "bind", Source: filepath.Join(e.filesOf(id), name),
-			Options: []string{"rbind", "rprivate", "rw"},
+			Options: []string{"rbind", "rprivate", "ro", "nosuid", "nodev", "noexec"}, // they are on the node's disk
 		})
 	}
-	return list
+	return append(list, tmpfs("/tmp", writableBytes(e.cfg.MemoryBytes)), tmpfs("/var/tmp", smallTmpfs))
+}
+
+// smallTmpfs is what each of /run, /dev, /dev/shm and /var/tmp takes.
+const smallTmpfs = 64 << 20
+
+// writableBytes is what /tmp takes of a memory limit, and a writable root: all that is written there is memory, and a Function that
+// has filled one of them is told so while there is memory left, instead of being killed.
+func writableBytes(memory int64) int64 { return memory / 2 }
+
+// tmpfs is a file system in memory, for all users, from which programs may be run: runtimes unpack libraries there.
+func tmpfs(path string, bytes int64) specs.Mount {
+	return specs.Mount{
+		Destination: path, Type: "tmpfs", Source: "tmpfs",
+		Options: []string{"nosuid", "nodev", "mode=1777", "size=" + strconv.FormatInt(bytes, 10)},
+	}
 }
 
 // seccompProfile is containerd's default one for the native system calls alone. Its filter for those of 32-bit programs, which no

@@ -57,7 +57,7 @@ func (e *Engine) specialise(ctx context.Context, i *instance, b *booted, code *c
 	if err != nil {
 		return "", err
 	}
-	if err := e.cgroups.limit(i.place(), a.revision.GetResources()); err != nil {
+	if err := e.limit(i, b.container, a.revision.GetResources()); err != nil {
 		return "", err
 	}
 	tree, err := code.tree.Clone()

@@ -1,6 +1,7 @@
 package instance
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,8 +47,13 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 	if a.process, err = functionProcess(i.pod.id, img, root.User, a.revision); err != nil {
 		return err
 	}
-	if err := e.cgroups.limit(i.place(), a.revision.GetResources()); err != nil {
+	if err := e.limit(i, launcher, a.revision.GetResources()); err != nil {
 		return err
+	}
+	if a.revision.WritableRoot {
+		if err := root.makeRoom(writableBytes(cmp.Or(a.revision.GetResources().GetMemoryBytes(), e.cfg.MemoryBytes))); err != nil {
+			return err
+		}
 	}
 	if err := e.mount(ctx, launcher, a); err != nil { // /run goes with the process into its root
 		return err
@@ -55,7 +61,7 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 	if err := e.serve(ctx, i, a.revision); err != nil {
 		return err
 	}
-	if err := launcher.Launch(ctx, launch{Root: root, Process: a.process}); err != nil {
+	if err := launcher.Launch(ctx, launch{Root: root, Process: a.process, Writable: a.revision.WritableRoot}); err != nil {
 		return err
 	}
 	a.trace.since(phaseCreate, begin)
@@ -65,6 +71,17 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 		return e.withOutput(ctx, err, log)
 	}
 	a.trace.since(phaseProcess, begin)
+	return nil
+}
+
+// limit sets what a Function may take, before its process is executed.
+func (e *Engine) limit(i *instance, l launcher, r *hearthv1.Resources) error {
+	if err := e.cgroups.limit(i.place(), r); err != nil {
+		return err
+	}
+	if memory := r.GetMemoryBytes(); memory > 0 {
+		return l.LimitTmp(writableBytes(memory))
+	}
 	return nil
 }
 

@@ -139,8 +139,8 @@ func checkRevision(r *hearthv1.Revision) (image, code string, err error) {
 
 // checkCode checks a Revision of a Runtime.
 func checkCode(r *hearthv1.Revision) (image, code string, err error) {
-	if r.Runtime == nil || r.Code == nil || r.Image != "" || len(r.Command)+len(r.Args) > 0 {
-		return "", "", invalid("a runtime and code go together, and with neither image nor command nor args")
+	if r.Runtime == nil || r.Code == nil || r.Image != "" || len(r.Command)+len(r.Args) > 0 || r.WritableRoot {
+		return "", "", invalid("a runtime and code go together, and with neither image nor command nor args nor a writable root")
 	}
 	rt, err := checkRuntime(r.Runtime)
 	if err != nil {

@@ -94,7 +94,7 @@ func revise(now time.Time, before *function, name string, serial int64, spec *he
 	status := &hearthv1.FunctionStatus{Generation: 1, CreatedAt: timestamppb.New(now), UpdatedAt: timestamppb.New(now)}
 	revision := &hearthv1.Revision{Function: name, Image: spec.GetImage(), Port: spec.GetPort(), Env: spec.GetEnv(),
 		Command: spec.GetCommand(), Args: spec.GetArgs(), Resources: spec.GetResources(), Code: spec.GetCode(), Secrets: spec.GetSecrets(),
-		Concurrency: concurrencyOf(spec), Tenant: spec.GetTenant(), Group: spec.GetGroup()}
+		Concurrency: concurrencyOf(spec), Tenant: spec.GetTenant(), Group: spec.GetGroup(), WritableRoot: spec.GetWritableRoot()}
 	if revision.Port == 0 {
 		revision.Port = defaultPort
 	}

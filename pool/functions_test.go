@@ -302,6 +302,7 @@ func TestValidate(t *testing.T) {
 		{"code and image", "a", func(s *hearthv1.FunctionSpec) { runIn(s, "python"); s.Image = "a" }, "spec.image"},
 		{"code alone", "a", func(s *hearthv1.FunctionSpec) { runIn(s, "") }, "spec.runtime"},
 		{"code and runtime", "a", func(s *hearthv1.FunctionSpec) { runIn(s, "python") }, ""},
+		{"writable root of a runtime", "a", func(s *hearthv1.FunctionSpec) { runIn(s, "python"); s.WritableRoot = true }, "spec.writable_root"},
 		{"command of a runtime", "a", func(s *hearthv1.FunctionSpec) { runIn(s, "python"); s.Args = []string{"x"} }, "spec.command"},
 		{"package", "a", func(s *hearthv1.FunctionSpec) { runIn(s, "python"); s.Code.Package = "" }, "spec.code.package"},
 		{"package by tag", "a", func(s *hearthv1.FunctionSpec) { runIn(s, "python"); s.Code.Package = "registry.example/code:1" }, "spec.code.package"},

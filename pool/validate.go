@@ -93,6 +93,9 @@ func validGround(spec *hearthv1.FunctionSpec) error {
 	if len(spec.GetCommand())+len(spec.GetArgs()) > 0 {
 		errs = append(errs, errors.New("spec.command, spec.args: belong to an image; in a runtime the handler says what runs"))
 	}
+	if spec.GetWritableRoot() {
+		errs = append(errs, errors.New("spec.writable_root: belongs to an image; in a runtime /tmp can be written to"))
+	}
 	if name == "" {
 		errs = append(errs, errors.New("spec.runtime: is empty, and there is code; for example \"python\""))
 	} else if len(name) > maxNameBytes || !isLabel(name) {

@@ -501,7 +501,10 @@ type FunctionSpec struct {
 	Tenant string `protobuf:"bytes,13,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	// Group, a DNS label: Functions of one tenant and one group share pods, a worker each, and each gets a port of its own in $PORT, so
 	// that port has to be left out. Empty shares with nobody.
-	Group         string `protobuf:"bytes,14,opt,name=group,proto3" json:"group,omitempty"`
+	Group string `protobuf:"bytes,14,opt,name=group,proto3" json:"group,omitempty"`
+	// Writable_root lets an image's process write to its root file system, which is read-only otherwise: in memory, at most half of
+	// the Instance's limit. /tmp can always be written to.
+	WritableRoot  bool `protobuf:"varint,15,opt,name=writable_root,json=writableRoot,proto3" json:"writable_root,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -632,6 +635,13 @@ func (x *FunctionSpec) GetGroup() string {
 		return x.Group
 	}
 	return ""
+}
+
+func (x *FunctionSpec) GetWritableRoot() bool {
+	if x != nil {
+		return x.WritableRoot
+	}
+	return false
 }
 
 // Scaling bounds and shapes the number of Instances of a Function.
@@ -915,6 +925,7 @@ type Revision struct {
 	// Tenant and group of the Function. With a group the node chooses the port.
 	Tenant        string `protobuf:"bytes,13,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	Group         string `protobuf:"bytes,14,opt,name=group,proto3" json:"group,omitempty"`
+	WritableRoot  bool   `protobuf:"varint,15,opt,name=writable_root,json=writableRoot,proto3" json:"writable_root,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1045,6 +1056,13 @@ func (x *Revision) GetGroup() string {
 		return x.Group
 	}
 	return ""
+}
+
+func (x *Revision) GetWritableRoot() bool {
+	if x != nil {
+		return x.WritableRoot
+	}
+	return false
 }
 
 // Claim is the one-time assignment of an Instance to a Revision.
@@ -1384,7 +1402,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x04Code\x12\x18\n" +
 	"\apackage\x18\x01 \x01(\tR\apackage\x12\x18\n" +
 	"\ahandler\x18\x02 \x01(\tR\ahandler\x128\n" +
-	"\tsignature\x18\x03 \x01(\x0e2\x1a.hearth.v1alpha1.SignatureR\tsignature\"\x86\x05\n" +
+	"\tsignature\x18\x03 \x01(\x0e2\x1a.hearth.v1alpha1.SignatureR\tsignature\"\xab\x05\n" +
 	"\fFunctionSpec\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\x05R\x04port\x128\n" +
@@ -1400,7 +1418,8 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x04code\x18\v \x01(\v2\x15.hearth.v1alpha1.CodeR\x04code\x12D\n" +
 	"\asecrets\x18\f \x03(\v2*.hearth.v1alpha1.FunctionSpec.SecretsEntryR\asecrets\x12\x16\n" +
 	"\x06tenant\x18\r \x01(\tR\x06tenant\x12\x14\n" +
-	"\x05group\x18\x0e \x01(\tR\x05group\x1a6\n" +
+	"\x05group\x18\x0e \x01(\tR\x05group\x12#\n" +
+	"\rwritable_root\x18\x0f \x01(\bR\fwritableRoot\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -1431,7 +1450,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\n" +
 	"created_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x129\n" +
 	"\n" +
-	"updated_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"\xe7\x04\n" +
+	"updated_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"\x8c\x05\n" +
 	"\bRevision\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bfunction\x18\x02 \x01(\tR\bfunction\x12\x14\n" +
@@ -1447,7 +1466,8 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\asecrets\x18\v \x03(\v2&.hearth.v1alpha1.Revision.SecretsEntryR\asecrets\x12 \n" +
 	"\vconcurrency\x18\f \x01(\x05R\vconcurrency\x12\x16\n" +
 	"\x06tenant\x18\r \x01(\tR\x06tenant\x12\x14\n" +
-	"\x05group\x18\x0e \x01(\tR\x05group\x1a6\n" +
+	"\x05group\x18\x0e \x01(\tR\x05group\x12#\n" +
+	"\rwritable_root\x18\x0f \x01(\bR\fwritableRoot\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +

@@ -33,20 +33,22 @@ func TestDeployPrintsTheURLAlone(t *testing.T) {
 		t.Errorf("prints %q", out)
 	}
 	f.want(t, 2, "come after --", "deploy", "hello", "--image", "reg/hello:1", "fast")
+	f.want(t, 2, "code writes to /tmp", "deploy", "hello", ".", "--writable-root")
 }
 
 func TestDeploySpec(t *testing.T) {
 	f := newFake(t)
 	got, _, errs := f.exec(t, "", "deploy", "hello", "--image", "reg/hello:1", "--port", "3000", "-e", "A=b=c", "--concurrency", "4",
 		"--min", "1", "--max", "5", "--window", "30s", "--grace", "0s", "--host", "hello.example", "--command", "/serve", "--memory", "512Mi", "--cpu", "0.5",
-		"--tenant", "acme", "--merge", "low", "--", "--fast")
+		"--tenant", "acme", "--merge", "low", "--writable-root", "--", "--fast")
 	if got != 0 {
 		t.Fatal(errs)
 	}
 	want := &hearthv1.FunctionSpec{
 		Image: "reg/hello:1", Port: 3000, Tenant: "acme", Group: "low", Env: map[string]string{"A": "b=c"}, Command: []string{"/serve"}, Args: []string{"--fast"},
 		Hosts: []string{"hello.example"}, Resources: &hearthv1.Resources{MemoryBytes: 512 << 20, CpuMillis: 500},
-		Scaling: &hearthv1.Scaling{Concurrency: 4, Min: 1, Max: 5, Window: durationpb.New(30 * time.Second), Grace: durationpb.New(0)},
+		Scaling:      &hearthv1.Scaling{Concurrency: 4, Min: 1, Max: 5, Window: durationpb.New(30 * time.Second), Grace: durationpb.New(0)},
+		WritableRoot: true,
 	}
 	if diff := cmp.Diff(want, f.applied.GetFunction().GetSpec(), protocmp.Transform()); diff != "" {
 		t.Error(diff)

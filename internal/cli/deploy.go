@@ -28,6 +28,7 @@ type deployOptions struct {
 	window, timeout                               time.Duration
 	grace                                         *durationpb.Duration // nil for the default: none at all is 0
 	memory, cpu, tenant, group                    string
+	writableRoot                                  bool
 	wait                                          bool
 	out                                           format
 }
@@ -106,6 +107,8 @@ func (o *deployOptions) validate(code, args []string) error {
 		return usagef("--image %s and %q: a function runs one of them (arguments for the image's process come after --)", o.image, code[0])
 	case o.image != "" && len(given) > 0:
 		return usagef("%s: for code only, and --image names an image", strings.Join(given, ", "))
+	case o.image == "" && o.writableRoot:
+		return usagef("--writable-root is an image's; code writes to /tmp")
 	case o.image == "" && (len(args) > 0 || len(o.command) > 0):
 		return usagef("--command and arguments are an image's; what answers in code is named by --handler")
 	}
@@ -136,6 +139,7 @@ func (o *deployOptions) add(f *pflag.FlagSet) {
 	f.StringVar(&o.cpu, "cpu", "", "limit of an instance in cores, like 0.5 (default none)")
 	f.StringVar(&o.tenant, "tenant", "", "whose function it is; those of different tenants never share a pod")
 	f.StringVar(&o.group, "merge", "", "share pods with the functions of this group and the same tenant, each with limits, log and port of its own")
+	f.BoolVar(&o.writableRoot, "writable-root", false, "let the image's process write to its root file system, in memory, up to half of its limit (default: to /tmp and /var/tmp only)")
 	f.BoolVar(&o.wait, "wait", true, "wait until what it runs is on the nodes")
 	o.out.add(f)
 }
@@ -158,7 +162,7 @@ func (o *deployOptions) spec(args []string) (*hearthv1.FunctionSpec, error) {
 		return nil, usagef("--cpu %q: %w", o.cpu, err)
 	}
 	return &hearthv1.FunctionSpec{
-		Image: o.image, Tenant: o.tenant, Group: o.group, Port: o.port, Env: env, Secrets: secrets, Command: o.command, Args: args, Hosts: o.hosts,
+		Image: o.image, WritableRoot: o.writableRoot, Tenant: o.tenant, Group: o.group, Port: o.port, Env: env, Secrets: secrets, Command: o.command, Args: args, Hosts: o.hosts,
 		Timeout: duration(o.timeout), Resources: &hearthv1.Resources{MemoryBytes: memory, CpuMillis: cpu},
 		Scaling: &hearthv1.Scaling{
 			Concurrency: o.concurrency, Min: o.least, Max: o.most, Queue: o.queue, Window: duration(o.window), Grace: o.grace,

@@ -110,7 +110,7 @@ func TestPreflightSaysTheNextStep(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = cfg.Preflight()
-	for _, want := range []string{"containerd, containerd-shim-runc-v2, ctr, runc, cni/ptp", "make tools", "nodeagent, launcher, poolmanager, gateway, sidecar", "make build", "--pause-image"} {
+	for _, want := range []string{"containerd, containerd-shim-runc-v2, ctr, runc, cni/ptp", "make tools", "nodeagent, launcher, logwriter, poolmanager, gateway, sidecar", "make build", "--pause-image"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("does not say %q: %v", want, err)
 		}

@@ -31,7 +31,7 @@ func (c Config) checkTools() error {
 	if len(missing) > 0 {
 		problems = append(problems, fmt.Errorf("tools in %s: there is no %s; `make tools` compiles them into .cache/tools/current, name their folder with --tools", c.Tools, strings.Join(missing, ", ")))
 	}
-	own := []string{nameNodeagent, "launcher", namePoolmanager, nameGateway}
+	own := []string{nameNodeagent, "launcher", "logwriter", namePoolmanager, nameGateway}
 	if c.Sidecar {
 		own = append(own, sidecarProgram)
 	}

@@ -47,7 +47,7 @@ func deployment(t *testing.T) stack.Config {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"nodeagent", "launcher", "poolmanager", "gateway"} {
+	for _, name := range []string{"nodeagent", "launcher", "logwriter", "poolmanager", "gateway"} {
 		if err := os.Symlink(self, filepath.Join(c.Bin, name)); err != nil {
 			t.Fatal(err)
 		}

@@ -8,6 +8,8 @@
 //
 // A Runtime's loader gets the socket itself, still listening, as its descriptor 0: no path inside the container leads to it.
 //
+// What it executes has no capability, and can get none: what the launcher has is for becoming its user.
+//
 // It uses nothing but the standard library, and little of it: every warm Instance has one in memory.
 package main
 
@@ -18,8 +20,10 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
+	"unsafe"
 )
 
 // process is what to become.
@@ -90,7 +94,14 @@ func launch(conn io.Reader, listener int) error {
 	if len(p.Args) == 0 {
 		return errors.New("nothing to launch")
 	}
+	runtime.LockOSThread() // the thread that gives up its capabilities is the one that executes
+	if err := unbound(); err != nil {
+		return err
+	}
 	if err := enter(p); err != nil {
+		return err
+	}
+	if err := renounce(); err != nil {
 		return err
 	}
 	program, err := find(p)
@@ -127,6 +138,47 @@ func enter(p process) error {
 	}
 	if err := os.Chdir(p.Cwd); err != nil {
 		return fmt.Errorf("working directory: %w", err)
+	}
+	return nil
+}
+
+// Of linux/prctl.h and linux/capability.h.
+const (
+	prCapbsetDrop        = 24
+	prCapAmbient         = 47
+	prCapAmbientClearAll = 4
+	capabilityVersion3   = 0x20080522
+	mostCapabilities     = 64
+)
+
+// unbound empties the bounding set of this thread, so that no program it executes gets a capability, whoever owns the file.
+func unbound() error {
+	for capability := range uintptr(mostCapabilities) {
+		_, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, prCapbsetDrop, capability, 0)
+		if errno == syscall.EINVAL { // the kernel knows no more
+			break
+		}
+		if errno != 0 {
+			return fmt.Errorf("drop capability %d: %w", capability, errno)
+		}
+	}
+	return nil
+}
+
+// renounce gives up the capabilities that this thread has.
+func renounce() error {
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_PRCTL, prCapAmbient, prCapAmbientClearAll, 0, 0, 0, 0)
+	if errno != 0 {
+		return fmt.Errorf("clear ambient capabilities: %w", errno)
+	}
+	header := struct {
+		version uint32
+		pid     int32
+	}{version: capabilityVersion3}
+	var none [2]struct{ effective, permitted, inheritable uint32 }
+	_, _, errno = syscall.RawSyscall(syscall.SYS_CAPSET, uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&none)), 0)
+	if errno != 0 {
+		return fmt.Errorf("give up capabilities: %w", errno)
 	}
 	return nil
 }

@@ -232,7 +232,7 @@ func (n *instanceNode) try(address, path string) string {
 // TestHostileFunctions has Functions take all that they can get, beside one that wants to serve.
 func TestHostileFunctions(t *testing.T) {
 	n := newInstanceNode(t)
-	n.create("neighbour", "fork", "hog", "fill")
+	n.create("neighbour", "fork", "hog", "fill", "fill-tmp", "files")
 	neighbour := n.activate("neighbour").Instance.Address
 	limit, err := os.ReadFile(n.cgroupFile("fork", "pids", "pids.max", "pids.max"))
 	if err != nil || strings.TrimSpace(string(limit)) != "1024" {
@@ -280,7 +280,28 @@ func TestHostileFunctions(t *testing.T) {
 		if got := n.get(address, "/"); got != "hello" {
 			t.Errorf("it says %q itself", got)
 		}
-		n.discard("fill")
+		address = n.activate("fill-tmp").Instance.Address // its limit has no room for all of them
+		for name, want := range map[string]string{"/tmp/x": "128 MiB", "/var/tmp/x": "64 MiB", "/x": "0 MiB, open /x: read-only"} {
+			if got := n.try(address, "/fill?name="+name); !strings.HasPrefix(got, want) {
+				t.Errorf("%s: it got %q, want %s", name, got, want)
+			}
+		}
+		n.discard("fill", "fill-tmp")
+	})
+	t.Run("empty files", func(t *testing.T) { // which take no room of a tmpfs, but memory
+		address := n.activate("files").Instance.Address
+		if got := n.try(address, "/files?dir=/tmp"); got == "all" {
+			t.Error("it made four million files")
+		}
+		n.eventually(func() error {
+			if state, ok := n.states()["files"]; ok {
+				return fmt.Errorf("it is %s", state)
+			}
+			return nil
+		})
+		if got := n.get(neighbour, "/"); got != "hello" {
+			t.Errorf("its neighbour says %q", got)
+		}
 	})
 	n.discard("neighbour")
 	n.eventually(n.leftBehind)

@@ -68,6 +68,9 @@ func main() {
 			fmt.Fprint(w, err)
 		}
 	})
+	http.HandleFunc("/write", func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, os.WriteFile(r.URL.Query().Get("name"), []byte("x"), 0o644))
+	})
 	http.HandleFunc("/log", func(w http.ResponseWriter, r *http.Request) { fmt.Println(r.URL.Query().Get("line")) })
 	http.HandleFunc("/fork", func(w http.ResponseWriter, r *http.Request) {
 		for {
@@ -96,6 +99,17 @@ func main() {
 			written += n
 		}
 		fmt.Fprint(w, written>>20, " MiB, ", err)
+	})
+	http.HandleFunc("/files", func(w http.ResponseWriter, r *http.Request) {
+		for n := range 4 << 20 {
+			f, err := os.Create(fmt.Sprint(r.URL.Query().Get("dir"), "/", n))
+			if err != nil {
+				fmt.Fprint(w, n, err)
+				return
+			}
+			f.Close()
+		}
+		fmt.Fprint(w, "all")
 	})
 	http.HandleFunc("/exit", func(w http.ResponseWriter, r *http.Request) { os.Exit(7) })
 	http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello") })
@@ -152,6 +166,7 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	})
 	n.launcher = filepath.Join(t.TempDir(), "launcher")
 	compile(t, n.launcher, "../../runtimes/launcher/main.go")
+	buildCommand(t, "logwriter", filepath.Join(filepath.Dir(n.launcher), "logwriter"))
 	n.image = n.registry.push(t, "functions/hello:1", programImage(t, "function", functionSource))
 	pause := n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
 	n.containerdNode = startContainerd(t, containerdOptions{Snapshotter: n.snapshots, HostsDir: hosts, Config: fmt.Sprintf(`

@@ -125,12 +125,8 @@ func TestInstanceLives(t *testing.T) {
 			t.Errorf("GET %s: %q, want %q", path, got, want)
 		}
 	}
-	status := n.get(address, "/file?name=/proc/self/status")
-	for _, want := range []string{"NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t00000000000004fb", "CapBnd:\t00000000000004fb"} {
-		if !strings.Contains(status, want) {
-			t.Errorf("its status has no %q:\n%s", want, status)
-		}
-	}
+	wantConfined(t, n.get(address, "/file?name=/proc/self/status"))
+	n.wantReadOnly(address)
 	if again := n.activate("one"); again.Instance.Address != address {
 		t.Errorf("the same claim again: %s, want %s", again.Instance.Address, address)
 	}
@@ -145,6 +141,64 @@ func TestInstanceLives(t *testing.T) {
 	if err := n.leftBehind(); err != nil {
 		t.Error(err)
 	}
+}
+
+// wantConfined reads a process's status.
+func wantConfined(t *testing.T, status string) {
+	t.Helper()
+	for _, want := range []string{"NoNewPrivs:\t1", "Seccomp:\t2", "CapInh:\t0", "CapPrm:\t0", "CapEff:\t0", "CapBnd:\t0", "CapAmb:\t0"} {
+		if name, value, _ := strings.Cut(want, "\t"); strings.HasPrefix(name, "Cap") {
+			want = name + "\t" + strings.Repeat(value, 16)
+		}
+		if !strings.Contains(status, want) {
+			t.Errorf("its status has no %q:\n%s", want, status)
+		}
+	}
+}
+
+// wantReadOnly tries to write to an Instance's file systems.
+func (n *instanceNode) wantReadOnly(address string) {
+	n.t.Helper()
+	for _, path := range []string{"/new", "/etc/new", "/etc/hosts", "/proc/sys/kernel/panic", "/sys/new"} {
+		if got, want := n.get(address, "/write?name="+path), "open "+path+": read-only file system"; got != want {
+			n.t.Errorf("writing to %s: %q, want %q", path, got, want)
+		}
+	}
+	for _, path := range []string{"/tmp/new", "/var/tmp/new", "/dev/shm/new", "/run/new"} {
+		if got := n.get(address, "/write?name="+path); got != "<nil>" {
+			n.t.Errorf("writing to %s: %q", path, got)
+		}
+	}
+}
+
+// TestInstanceWritableRoot: an image's process writes to its root if its Revision says so, to memory and within bounds; and one
+// that has no capability listens on port 80.
+func TestInstanceWritableRoot(t *testing.T) {
+	n := newInstanceNode(t)
+	n.create("w-one", "w-two")
+	r := n.revision()
+	r.WritableRoot, r.Port = true, 80
+	for _, id := range []string{"w-one", "w-two"} {
+		answer, err := n.tryActivate(id, "claim-"+id, r, 30*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		address := answer.Instance.Address
+		if got := n.get(address, "/file?name=/new"); got != "open /new: no such file or directory" {
+			t.Errorf("what %s finds of another: %q", id, got)
+		}
+		for _, path := range []string{"/new", "/etc/new", "/tmp/new", "/function"} { // the last is the image's program
+			if got := n.get(address, "/write?name="+path); got != "<nil>" && !strings.Contains(got, "text file busy") {
+				t.Errorf("writing to %s: %q", path, got)
+			}
+		}
+		wantConfined(t, n.get(address, "/file?name=/proc/self/status"))
+		if got := n.try(address, "/fill?name=/fill"); !strings.Contains(got, "no space left") || !strings.HasPrefix(got, "12") {
+			t.Errorf("of 256 MiB of memory the root took %q", got) // a half, less what is in it
+		}
+	}
+	n.discard("w-one", "w-two")
+	n.eventually(n.leftBehind)
 }
 
 func (n *instanceNode) wantLogs(want ...string) {
@@ -226,6 +280,45 @@ func TestInstanceEndsByItself(t *testing.T) {
 	if !stream.Receive() || stream.Msg().GetInstance().GetState() != hearthv1.State_STATE_GONE {
 		t.Fatalf("heard %v, %v", stream.Msg(), stream.Err())
 	}
+	n.eventually(n.leftBehind)
+}
+
+// TestLogOutlivesEngine: without an engine a Function's output is taken, and its log has the end of what it wrote before it ended; its
+// processes find ordinary pipes.
+func TestLogOutlivesEngine(t *testing.T) {
+	n := newInstanceNode(t)
+	n.create("l-one")
+	address := n.activate("l-one").Instance.Address
+	n.get(address, "/log?line=before")
+	for _, fd := range []string{"1", "2"} {
+		if got := n.get(address, "/file?name=/proc/self/fdinfo/"+fd); !strings.Contains(got, "flags:\t01\n") && !strings.Contains(got, "flags:\t0100001\n") {
+			t.Errorf("descriptor %s is not a pipe that blocks: %q", fd, got)
+		}
+	}
+	n.stop()
+	for k := range 200 { // more than the pipe holds
+		n.get(address, fmt.Sprintf("/log?line=%d+%s", k, strings.Repeat("x", 1000)))
+	}
+	n.get(address, "/log?line=last+words")
+	if r, err := http.Get("http://" + address + "/exit"); err == nil {
+		r.Body.Close()
+	}
+	n.startEngine()
+	n.eventually(func() error {
+		stream, err := n.calls.Logs(context.Background(), connect.NewRequest(&hearthv1.LogsRequest{Function: "hello"}))
+		if err != nil {
+			return err
+		}
+		defer stream.Close()
+		var lines []string
+		for stream.Receive() {
+			lines = append(lines, string(stream.Msg().Line))
+		}
+		if len(lines) != 203 || lines[1] != "before" || lines[202] != "last words" || !strings.HasPrefix(lines[201], "199 x") {
+			return fmt.Errorf("%d lines, of which the last is %.60q: %w", len(lines), lines[max(0, len(lines)-1):], stream.Err())
+		}
+		return nil
+	})
 	n.eventually(n.leftBehind)
 }
 

@@ -263,6 +263,8 @@ func TestRuntimes(t *testing.T) {
 				t.Errorf("%s: GET %s: %q, want %q", function, path, got, want)
 			}
 		}
+		wantConfined(t, n.get(address, "/file?name=/proc/self/status"))
+		n.wantReadOnly(address)
 		if fds := n.get(address, "/descriptors"); !strings.Contains(fds, "0 /dev/null\n") || strings.Count(fds, "socket:") > 5 { // control and its copy, connection, listener, request
 			t.Errorf("its descriptors are\n%s", fds)
 		}
@@ -274,6 +276,7 @@ func TestRuntimes(t *testing.T) {
 	if got := n.get(program, "/"); got != "hello" {
 		t.Errorf("the program says %q", got)
 	}
+	wantConfined(t, n.get(program, "/file?name=/proc/self/status"))
 	n.get(one, "/log?line=from+one")
 	n.eventually(func() error {
 		one, booted := n.logs("one"), n.logs("runtime.go")

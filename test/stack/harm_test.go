@@ -20,7 +20,7 @@ import (
 const (
 	// hostileMemoryBytes is what the hostile Function may have.
 	hostileMemoryBytes = 96 << 20
-	// maxHarmBytes is how much of the disk a hostile Function may have taken when it is gone.
+	// maxHarmBytes is how much of the disk a hostile Function may take at any time: a log, and what its neighbours' starts take.
 	maxHarmBytes = 128 << 20
 )
 
@@ -29,6 +29,8 @@ type harm struct {
 	path string
 	// check judges what it says of its success; nil if no answer is wanted, because the process may not live to give it.
 	check func(said int) error
+	// writable is whether its root is.
+	writable bool
 	// within is how soon the Function must answer as itself again; 0 asks for nothing.
 	within time.Duration
 }
@@ -44,10 +46,15 @@ func harms() map[string]harm {
 	}
 	return map[string]harm{
 		// Its children count as its memory, before they are too many for any limit of processes.
-		"fork bomb":           {path: "/fork?n=600", within: longStart},
-		"memory hog":          {path: "/hog?mib=2048", within: longStart},
-		"fills its tmpfs":     {path: "/fill?dir=/dev/shm&mib=1024", check: bounded("MiB written", 0, 64)},
-		"fills its root":      {path: "/fill?dir=/&mib=256", check: bounded("MiB written", 0, 256)},
+		"fork bomb":       {path: "/fork?n=600", within: longStart},
+		"memory hog":      {path: "/hog?mib=2048", within: longStart},
+		"fills its tmpfs": {path: "/fill?dir=/dev/shm&mib=1024", check: bounded("MiB written", 0, 64)},
+		"fills its /tmp":  {path: "/fill?dir=/tmp&mib=1024", check: bounded("MiB written", 1, hostileMemoryBytes>>21)},
+		"fills its root":  {path: "/fill?dir=/&mib=256", check: bounded("MiB written", 0, 0)},
+		"fills what it may write to of its root": {
+			path: "/fill?dir=/&mib=1024", writable: true, check: bounded("MiB written", 1, hostileMemoryBytes>>21), within: longStart,
+		},
+		"makes empty files":   {path: "/files?dir=/tmp&n=4000000", within: longStart},
 		"ignores SIGTERM":     {path: "/deaf"},
 		"closes its listener": {path: "/close", within: longStart},
 		"floods its log":      {path: "/flood?mib=1024"},
@@ -60,17 +67,23 @@ func TestHostile(t *testing.T) {
 	d := start(t)
 	neighbours := d.tenants(t)
 	villain := tenant{name: "villain", secret: "v-6660"}
-	d.deployTenant(t, villain, func(s *hearthv1.FunctionSpec) {
-		s.Resources = &hearthv1.Resources{MemoryBytes: hostileMemoryBytes}
-		s.Scaling.Max = 1
-	})
+	deploy := func(t *testing.T, writable bool) {
+		d.deployTenant(t, villain, func(s *hearthv1.FunctionSpec) {
+			s.Resources = &hearthv1.Resources{MemoryBytes: hostileMemoryBytes}
+			s.Scaling.Max = 1
+			s.WritableRoot = writable
+		})
+	}
 	load := d.load(neighbours, longStart)
 	defer load.stop()
 	if silent, _ := load.answeredSince(t.Context(), load.now(), longStart); len(silent) > 0 {
 		t.Fatalf("%v do not answer before any harm is done: %v", silent, load.lastError())
 	}
 	for name, h := range harms() {
-		t.Run(name, func(t *testing.T) { d.suffers(t, villain, h, load) })
+		t.Run(name, func(t *testing.T) {
+			deploy(t, h.writable)
+			d.suffers(t, villain, h, load)
+		})
 	}
 	load.stop()
 	for _, err := range load.strangers {
@@ -114,7 +127,9 @@ func (d *deployment) suffers(t *testing.T, villain tenant, h harm, load *load) {
 	d.toZero(t, villain.name) // waits until nothing of the Instance is left
 	stop()
 	t.Logf("the disk held up to %d MiB more", (peak.Load()-before)>>20)
-	d.awaitDisk(t, before+maxHarmBytes)
+	if peak.Load() > before+maxHarmBytes {
+		t.Errorf("the disk held up to %d MiB more, want %d at most", (peak.Load()-before)>>20, maxHarmBytes>>20)
+	}
 	if now := d.daemonPIDs(t); now != daemons {
 		t.Errorf("daemons were %s and are %s", daemons, now)
 	}
@@ -166,23 +181,6 @@ func (d *deployment) watchDisk() (stop func(), peak *atomic.Int64) {
 		cancel()
 		work.Wait()
 	}, peak
-}
-
-// awaitDisk waits until the deployment's data takes no more than so much.
-func (d *deployment) awaitDisk(t *testing.T, most int64) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), longStart)
-	defer cancel()
-	for {
-		now := diskBytes(d.config.Root)
-		if now <= most {
-			return
-		}
-		if ctx.Err() != nil {
-			t.Fatalf("the deployment's data takes %d MiB, want %d at most", now>>20, most>>20)
-		}
-		nap(ctx, 100*time.Millisecond)
-	}
 }
 
 // diskBytes is what the files of a folder take, whatever comes and goes meanwhile.

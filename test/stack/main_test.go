@@ -65,7 +65,7 @@ func build(ctx context.Context, dir string) (*workshop, error) {
 		return nil, fmt.Errorf("%w: run `make tools`, or name their folder in HEARTH_TOOLS", err)
 	}
 	programs := []string{"./runtimes/launcher"}
-	for _, name := range []string{"nodeagent", "poolmanager", "gateway", "sidecar", "hearth"} {
+	for _, name := range []string{"nodeagent", "logwriter", "poolmanager", "gateway", "sidecar", "hearth"} {
 		programs = append(programs, "./cmd/"+name)
 	}
 	if err := compile(ctx, top, append([]string{"-o", dir + "/"}, programs...)...); err != nil {

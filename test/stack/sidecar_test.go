@@ -47,7 +47,7 @@ func (d *deployment) servesBySidecar(t *testing.T, f tenant) {
 		}
 	}
 	ask()
-	first := d.only(t, ctx, f.name)
+	first := d.only(t, f.name)
 	if !warm[first.GetId()] || !strings.HasSuffix(first.GetAddress(), ":8012") {
 		t.Errorf("it was served by %v, and warm were %v", first, warm)
 	}
@@ -62,27 +62,17 @@ func (d *deployment) servesBySidecar(t *testing.T, f tenant) {
 		}
 	}
 	for range 2 {
-		for d.only(t, ctx, f.name).GetState() != hearthv1.State_STATE_FROZEN {
+		for d.only(t, f.name).GetState() != hearthv1.State_STATE_FROZEN {
 			if nap(ctx, 20*time.Millisecond); ctx.Err() != nil {
-				t.Fatalf("it is not frozen: %v", d.only(t, t.Context(), f.name))
+				t.Fatalf("it is not frozen: %v", d.only(t, f.name))
 			}
 		}
 		ask()
-		if again := d.only(t, ctx, f.name); again.GetId() != first.GetId() {
+		if again := d.only(t, f.name); again.GetId() != first.GetId() {
 			t.Errorf("after it was frozen it was served by %v", again)
 		}
 	}
 	d.toZero(t, f.name)
-}
-
-// only is a Function's one Instance.
-func (d *deployment) only(t *testing.T, ctx context.Context, function string) *hearthv1.Instance {
-	t.Helper()
-	list, err := d.instances(ctx, function)
-	if err != nil || len(list) != 1 {
-		t.Fatalf("%s has the instances %v, error %v", function, list, err)
-	}
-	return list[0]
 }
 
 // logs are what a Function's Instances have written, each line with its Instance.

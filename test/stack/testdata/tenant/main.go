@@ -38,6 +38,9 @@ func main() {
 	http.HandleFunc("/fill", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, fill(r.FormValue("dir"), number(r, "mib")))
 	})
+	http.HandleFunc("/files", func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, files(r.FormValue("dir"), number(r, "n")))
+	})
 	http.HandleFunc("/flood", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, flood(number(r, "mib"))) })
 	http.HandleFunc("/deaf", func(http.ResponseWriter, *http.Request) { signal.Ignore(syscall.SIGTERM, syscall.SIGINT) })
 	http.HandleFunc("/close", func(w http.ResponseWriter, _ *http.Request) {
@@ -98,6 +101,19 @@ func fill(dir string, mib int) (written int) {
 		written++
 	}
 	return written
+}
+
+// files makes empty ones, which take none of what a file system has but memory.
+func files(dir string, n int) (made int) {
+	for made < n {
+		f, err := os.Create(dir + "/" + strconv.Itoa(made))
+		if err != nil {
+			return made
+		}
+		_ = f.Close() // it has nothing
+		made++
+	}
+	return made
 }
 
 // flood writes lines to the log.
