@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -49,10 +50,10 @@ func TestFetching(t *testing.T) {
 
 func TestFetchAlone(t *testing.T) {
 	data := make([]byte, 9<<20)
-	broken := false
+	var broken atomic.Bool
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v2/lib/app/blobs/{digest}", func(w http.ResponseWriter, r *http.Request) {
-		if broken {
+		if broken.Load() {
 			http.NotFound(w, r)
 			return
 		}
@@ -66,11 +67,11 @@ func TestFetchAlone(t *testing.T) {
 	for name, fetch := range map[string]func(context.Context, string, string, []images.Layer) (time.Duration, error){
 		onlyFetch: fetchOnly, hearthFetch: fetchByClient,
 	} {
-		broken = false
+		broken.Store(false)
 		if _, err := fetch(t.Context(), server.Listener.Addr().String(), "lib/app", layers); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		broken = true
+		broken.Store(true)
 		if _, err := fetch(t.Context(), server.Listener.Addr().String(), "lib/app", layers); err == nil {
 			t.Errorf("%s: layers that are not there were fetched", name)
 		}

@@ -15,7 +15,7 @@ import (
 // TestSupervisorKilled kills the supervisor itself. `hearth down` clears up after it, and after the next `hearth up` the
 // Functions are there that were deployed before.
 func TestSupervisorKilled(t *testing.T) {
-	d := &deployment{config: newConfig(t)}
+	d := &deployment{config: newConfig(t), booted: map[string]int{}}
 	t.Cleanup(func() { // whatever fails below
 		if err := stack.Down(context.Background(), d.config); err != nil && !errors.Is(err, stack.ErrDown) {
 			t.Error(err)
