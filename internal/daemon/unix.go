@@ -164,7 +164,7 @@ func removeStale(ctx context.Context, path string) error {
 	return nil
 }
 
-// UnixClient returns an h2c client whose every request goes to the socket, whatever host the URL names; by convention
+// UnixClient returns a client whose every request goes to the socket, whatever host the URL names; by convention
 // "http://hearth". It sets no overall time-out: callers' contexts do.
 func UnixClient(path string) *http.Client {
 	transport := func(version func(*http.Protocols, bool)) *http.Transport {

@@ -31,7 +31,7 @@ type Config struct {
 	Root, Run string
 	// Tools has containerd, ctr, containerd-shim-runc-v2, runc, registry and cni/. Required to run.
 	Tools string
-	// Bin has nodeagent, launcher, poolmanager, gateway and, for Sidecar, sidecar. Default: the folder of this executable.
+	// Bin has nodeagent, launcher, logwriter, poolmanager, gateway and, for Sidecar, sidecar. Default: the folder of this executable.
 	Bin string
 	// PauseImage is an archive of hearth.local/pause:1, as `make build` writes it. Default pause.tar in Bin.
 	PauseImage string
