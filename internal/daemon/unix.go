@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -192,10 +193,35 @@ type byKind struct{ calls, rest *http.Transport }
 
 // RoundTrip implements http.RoundTripper.
 func (t byKind) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.Header.Get("Content-Type") == "application/proto" { // as connect has it for unary calls
-		return t.calls.RoundTrip(r)
+	if r.Header.Get("Content-Type") != "application/proto" { // as connect has it for unary calls
+		return t.rest.RoundTrip(r)
 	}
-	return t.rest.RoundTrip(r)
+	if r.Body != nil && r.ContentLength > 0 && r.ContentLength <= maxWholeBytes {
+		whole, err := wholeBody(r)
+		if err != nil {
+			return nil, err
+		}
+		r = whole
+	}
+	return t.calls.RoundTrip(r)
+}
+
+// maxWholeBytes is up to where the body of a call is sent in one piece with its head.
+const maxWholeBytes = 64 << 10
+
+// wholeBody is the request with a body that net/http knows to be in memory. Of any other it sends the head first, by itself, so that the
+// other side is woken twice.
+func wholeBody(r *http.Request) (*http.Request, error) {
+	body := make([]byte, r.ContentLength)
+	_, err := io.ReadFull(r.Body, body)
+	if err := errors.Join(err, r.Body.Close()); err != nil {
+		return nil, fmt.Errorf("body of a call: %w", err)
+	}
+	text := string(body)
+	whole := r.WithContext(r.Context()) // a copy, for a RoundTripper leaves the request as it is
+	whole.Body = io.NopCloser(strings.NewReader(text))
+	whole.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(text)), nil }
+	return whole, nil
 }
 
 // CloseIdleConnections is what http.Client calls.
