@@ -14,7 +14,7 @@ const (
 	urgentInterval = 20 * time.Millisecond // between reports of first requests
 )
 
-// report sends load each second, and at once for the first request of an idle Function and to acknowledge events, until ctx is
+// report sends load each second, and soon for the first request of an idle Function and to acknowledge events, until ctx is
 // done. One after the other: poolmanager must not see an older sample after a newer one.
 func (g *Gateway) report(ctx context.Context) {
 	tick := time.NewTicker(reportInterval)
@@ -27,12 +27,16 @@ func (g *Gateway) report(ctx context.Context) {
 			g.send(ctx, false)
 			continue
 		case <-g.urgent:
+			// First the start that the same request sets off: it is on its way to poolmanager too.
+			if !sleep(ctx, urgentInterval) {
+				return
+			}
 			g.send(ctx, true)
 		case <-g.news:
 			g.send(ctx, false)
-		}
-		if !sleep(ctx, urgentInterval) {
-			return
+			if !sleep(ctx, urgentInterval) {
+				return
+			}
 		}
 	}
 }

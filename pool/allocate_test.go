@@ -349,7 +349,7 @@ func TestBurstDoesNotStarveOthers(t *testing.T) {
 				}
 			})
 		}
-		synctest.Wait()
+		settle()
 		time.Sleep(10 * time.Millisecond)
 		begun := time.Now()
 		m.must("quiet")

@@ -35,11 +35,11 @@ func TestDrainWaitsForEveryGateway(t *testing.T) {
 		defer a.leave()
 		defer b.leave()
 		id := m.must("hello").GetInstance().GetId()
-		synctest.Wait()
+		settle()
 		m.Acknowledge("a", a.at(), map[string]int32{id: 1})
 		m.Acknowledge("b", b.at(), nil)
 		m.release(&hearthv1.ReleaseRequest{InstanceId: id})
-		synctest.Wait()
+		settle()
 		if len(a.serving("hello")) != 0 {
 			t.Error("gateways still see it serving")
 		}
@@ -161,12 +161,12 @@ func TestWatchBeginsWithEverything(t *testing.T) {
 			t.Errorf("synced %t, latest %v", g.synced, g.latest)
 		}
 		m.must("a")
-		synctest.Wait()
+		settle()
 		if len(g.serving("a")) != 1 {
 			t.Error("a change did not come")
 		}
 		if _, err := m.Delete(t.Context(), connect.NewRequest(&hearthv1.DeleteRequest{Name: "a"})); err == nil {
-			synctest.Wait()
+			settle()
 			if !g.latest["a"].GetDeleted() {
 				t.Error("no tombstone")
 			}
@@ -191,7 +191,7 @@ func TestSlowSubscriberIsSentAway(t *testing.T) {
 				return nil
 			})
 		}()
-		synctest.Wait()
+		settle()
 		for c := range 1100 {
 			m.apply("hello", func(s *hearthv1.FunctionSpec) { s.Scaling.Queue = int32(c + 1) })
 		}
@@ -284,7 +284,7 @@ func TestInstanceThatVanishes(t *testing.T) {
 		n.mu.Lock()
 		n.set(n.instances[a], hearthv1.State_STATE_GONE)
 		n.mu.Unlock()
-		synctest.Wait()
+		settle()
 		if got := g.serving("hello"); len(got) != 1 || got[0] != b {
 			t.Errorf("%v serve, want %s", got, b)
 		}
@@ -310,12 +310,12 @@ func TestEventsDoNotGoBack(t *testing.T) {
 		g := m.gateway("g")
 		defer g.leave()
 		id := m.must("hello").GetInstance().GetId()
-		synctest.Wait()
+		settle()
 		for _, s := range []hearthv1.State{warm, claimed} {
 			n.mu.Lock()
 			n.emit(&hearthv1.Instance{Id: id, Node: "node", State: s})
 			n.mu.Unlock()
-			synctest.Wait()
+			settle()
 			if got := g.serving("hello"); len(got) != 1 {
 				t.Errorf("an old %s made the endpoints %v", s, got)
 			}

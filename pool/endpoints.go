@@ -59,12 +59,26 @@ func (m *Manager) Subscribe(ctx context.Context, name string, send func(*hearthv
 			defer m.mu.Unlock()
 			return s.err
 		case e := <-s.events:
-			if err := send(&hearthv1.WatchResponse{Event: &hearthv1.WatchResponse_Endpoints{Endpoints: e}}); err != nil {
-				return err
+			select {
+			case <-time.After(newsDelay):
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			for left := len(s.events); ; left-- {
+				if err := send(&hearthv1.WatchResponse{Event: &hearthv1.WatchResponse_Endpoints{Endpoints: e}}); err != nil {
+					return err
+				}
+				if left == 0 {
+					break
+				}
+				e = <-s.events
 			}
 		}
 	}
 }
+
+// newsDelay keeps word of a start off the cores until the gateway that asked for it has its answer, which says the same.
+const newsDelay = 3 * time.Millisecond
 
 func (m *Manager) subscribe(name string) (*stream, []*hearthv1.Endpoints, error) {
 	m.mu.Lock()

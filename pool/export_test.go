@@ -38,3 +38,6 @@ func CheckIndex(m *Manager) error {
 	}
 	return errors.Join(errs...)
 }
+
+// NewsDelay is how long gateways hear of a change after it.
+const NewsDelay = newsDelay

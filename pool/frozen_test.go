@@ -73,7 +73,7 @@ func TestFrozenIsThawedFirst(t *testing.T) {
 		if again.GetId() != first.GetId() || again.GetClaim().GetId() == first.GetClaim().GetId() || n.made() != made {
 			t.Errorf("got %s by claim %s, want %s by another claim", again.GetId(), again.GetClaim().GetId(), first.GetId())
 		}
-		synctest.Wait()
+		settle()
 		if got := g.serving("hello"); len(got) != 1 || got[0] != first.GetId() {
 			t.Errorf("gateways know %v", got)
 		}
@@ -140,7 +140,7 @@ func TestReleaseDiscardsWhatWouldFreeze(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		m.Scale("hello", 0, "nothing to do")
 		m.release(&hearthv1.ReleaseRequest{InstanceId: id})
-		synctest.Wait()
+		settle()
 		m.Acknowledge("g", g.at(), nil)
 		time.Sleep(time.Second)
 		if n.in("hello", frozen) != 0 || n.in("hello", serves) != 0 {
@@ -161,7 +161,7 @@ func TestFreezeWaitsForEveryGateway(t *testing.T) {
 				id := m.must("hello").GetInstance().GetId()
 				time.Sleep(5 * time.Second)
 				m.Scale("hello", 0, "nothing to do")
-				synctest.Wait()
+				settle()
 				busy := map[string]int32{id: 1}
 				for _, say := range []func(){
 					func() { m.Acknowledge("b", b.at(), nil) },
@@ -346,14 +346,14 @@ func TestVersionsOrderWhatNodesSay(t *testing.T) {
 		g := m.gateway("g")
 		defer g.leave()
 		said := m.must("hello").GetInstance()
-		synctest.Wait()
+		settle()
 		g.mayReturn = true // by the same claim, which no node does
 		say := func(s hearthv1.State, version int64) {
 			n.on(func() {
 				n.emit(&hearthv1.Instance{Id: said.GetId(), Node: "node", State: s, Version: version, Function: "hello",
 					Revision: said.GetRevision(), Address: said.GetAddress(), Claim: said.GetClaim()})
 			})
-			synctest.Wait()
+			settle()
 		}
 		now := said.GetVersion()
 		for _, step := range []struct {

@@ -102,7 +102,7 @@ func start(t *testing.T, c pool.Config) *running {
 	ctx, cancel := context.WithCancel(t.Context())
 	r := &running{Manager: m, t: t, cancel: cancel, ended: make(chan error, 1)}
 	go func() { r.ended <- m.Run(ctx) }()
-	synctest.Wait()
+	settle()
 	return r
 }
 
@@ -233,7 +233,7 @@ func (r *running) gateway(name string) *gateway {
 		g.err = err
 		g.mu.Unlock()
 	}()
-	synctest.Wait()
+	settle()
 	return g
 }
 
@@ -289,4 +289,11 @@ func (g *gateway) at() int64 {
 func (g *gateway) leave() {
 	g.cancel()
 	<-g.finished
+}
+
+// settle waits until nothing happens any more, and gateways know of what did.
+func settle() {
+	synctest.Wait()
+	time.Sleep(pool.NewsDelay)
+	synctest.Wait()
 }

@@ -2,7 +2,6 @@ package pool_test
 
 import (
 	"testing"
-	"testing/synctest"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -17,7 +16,7 @@ func TestForgottenByItsNode(t *testing.T) {
 		g := m.gateway("g")
 		defer g.leave()
 		id := m.must("hello").GetInstance().GetId()
-		synctest.Wait()
+		settle()
 		if got := g.serving("hello"); len(got) != 1 || got[0] != id {
 			t.Fatalf("%v serve", got)
 		}

@@ -135,7 +135,7 @@ func storm(t *testing.T, d *dice, m *running, nodes map[string]*fakeNode) {
 		}
 	})
 	group.Wait()
-	synctest.Wait()
+	settle()
 }
 
 func settleDown(t *testing.T, m *running, nodes map[string]*fakeNode) {

@@ -339,7 +339,7 @@ func TestSecretsStayInside(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		synctest.Wait()
+		settle()
 		for where, said := range map[string]interface{ String() string }{"apply": f, "list": list.Msg, "watch": g.latest["hello"], "status": m.status("hello")} {
 			if strings.Contains(said.String(), "s3cret") {
 				t.Errorf("%s tells it: %v", where, said)
