@@ -182,7 +182,11 @@ func (l Loader) Load(ctx context.Context, q LoadQuestion) ([]LoadPhase, bool, er
 
 // Thawed tells of a thaw.
 func (l Loader) Thawed(ctx context.Context, frozenFor time.Duration) error {
-	return l.thawed(ctx, frozenFor)()
+	answered, err := l.thawed(ctx, frozenFor)
+	if err != nil {
+		return err
+	}
+	return answered()
 }
 
 // Close lets go.
@@ -195,12 +199,16 @@ func (l Loader) Gone() error { return l.gone() }
 func (e *Engine) Thawed(ctx context.Context, id string, frozenFor time.Duration) error {
 	i, _ := e.lookup(id)
 	i.mu.Lock()
-	r := i.resumer()
+	b := i.booted
 	i.mu.Unlock()
-	if r == nil {
+	if b == nil {
 		return nil
 	}
-	return r.Thawed(ctx, frozenFor)()
+	answered, _, err := b.thawed(ctx, frozenFor)
+	if err != nil {
+		return err
+	}
+	return answered()
 }
 
 // NewView mounts a code package's tree where nobody sees it.

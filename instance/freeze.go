@@ -213,23 +213,34 @@ func (e *Engine) thaw(ctx context.Context, i *instance, a *activation) error {
 		return err
 	}
 	i.mu.Lock()
-	told, frozenFor := i.resumer(), time.Since(i.frozen.since)
+	b, frozenFor := i.booted, time.Since(i.frozen.since)
 	i.frozen.thaws++
 	i.mu.Unlock()
-	resumed := func() error { return nil }
-	if told != nil {
-		resumed = told.Thawed(ctx, frozenFor)
+	resumed, prompt := func() error { return nil }, false
+	if b != nil {
+		var err error
+		if resumed, prompt, err = b.thawed(ctx, frozenFor); err != nil {
+			return err
+		}
 	}
 	if err := e.cgroups.thaw(i.place()); err != nil {
 		return err
 	}
 	a.trace.since(phaseThaw, begin)
 	e.metrics.thawSeconds.Observe(time.Since(begin).Seconds())
+	if prompt {
+		e.spawn(func(context.Context) {
+			if err := resumed(); err != nil {
+				e.log.Warn("thawed instance is not well", "instance", i.id, "error", err)
+			}
+		})
+		return nil
+	}
 	begin = time.Now()
 	if err := resumed(); err != nil {
 		return fmt.Errorf("resume after the thaw: %w", err)
 	}
-	if told != nil {
+	if b != nil {
 		a.trace.since(phaseResume, begin)
 	}
 	return nil

@@ -44,6 +44,7 @@ type loader struct {
 	asked  chan word  // where the next word goes; nil if nobody has asked
 	err    error      // why nothing more comes, once done
 	closed bool       // by us
+	prompt bool       // by its greeting
 }
 
 // word is a line of a loader's. One of its fields is set.
@@ -60,6 +61,7 @@ type greeting struct {
 	Protocol int               `json:"protocol"`
 	Runtime  string            `json:"runtime"`
 	Loaded   bool              `json:"loaded"`
+	Prompt   bool              `json:"prompt"`  // it takes in what it is told before any request that comes later
 	Missing  map[string]string `json:"missing"` // libraries that could not be preloaded, and why
 }
 
@@ -285,6 +287,9 @@ func (l *loader) greet(ctx context.Context) (*greeting, error) {
 		return nil, fmt.Errorf("the loader speaks protocol %d, not %d", w.Ready.Protocol, loaderProtocol)
 	}
 	w.Ready.Runtime = printable(w.Ready.Runtime, maxLoaderName)
+	l.mu.Lock()
+	l.prompt = w.Ready.Prompt
+	l.mu.Unlock()
 	return w.Ready, nil
 }
 
@@ -326,20 +331,21 @@ type loadError struct{ text string }
 
 func (e *loadError) Error() string { return e.text }
 
-// thawed tells a loader that it was frozen for a while; answered waits until it has done what follows from that. A frozen loader
-// finds the question as soon as it is thawed.
-func (l *loader) thawed(ctx context.Context, frozenFor time.Duration) (answered func() error) {
+// thawed tells a loader that it was frozen for a while; answered waits until it has done what follows from that, and ends the
+// conversation if it does not. A frozen loader finds the question as soon as it is thawed.
+func (l *loader) thawed(ctx context.Context, frozenFor time.Duration) (answered func() error, err error) {
 	answer, err := l.put(ctx, "thawed", thawedQuestion{Seed: seed(), Frozen: frozenFor.Seconds()})
+	if err != nil {
+		return nil, err
+	}
 	return func() error {
-		if err != nil {
-			return err
-		}
 		w, err := l.await(ctx, answer)
 		if err == nil && w.Resumed == nil {
+			_ = l.conn.Close() // it has not done it
 			err = errors.New("the loader's answer to thawed is none")
 		}
 		return err
-	}
+	}, nil
 }
 
 // seed is fresh randomness for the generators that a language keeps in memory.
@@ -347,6 +353,13 @@ func seed() []byte {
 	b := make([]byte, seedBytes)
 	_, _ = rand.Read(b) // never fails
 	return b
+}
+
+// isPrompt is whether a thawed loader may be sent requests before it has answered.
+func (l *loader) isPrompt() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.prompt
 }
 
 // close ends the conversation; the loader goes on, and accepts again.

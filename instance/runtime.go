@@ -35,59 +35,52 @@ type booted struct {
 	gone bool       // the Function's process has taken the loader's place
 }
 
-// resumer is told when an Instance was frozen for a while, before a request comes; best before it is thawed. An error of answered
-// means that the Instance must not serve any more.
-type resumer interface {
-	Thawed(ctx context.Context, frozenFor time.Duration) (answered func() error)
-}
-
-// resumer returns who is to be told of a thaw, or nil; mu must be held.
-func (i *instance) resumer() resumer {
-	if i.booted == nil {
-		return nil
-	}
-	return i.booted
-}
-
-// Thawed implements resumer.
-func (b *booted) Thawed(ctx context.Context, frozenFor time.Duration) (answered func() error) {
-	ctx, cancel := context.WithTimeout(ctx, greetTime)
+// thawed tells the loader, if there is one, that it was frozen for a while; best before it is thawed. What it returns waits for the
+// answer. If it fails, the Instance must not serve any more; a prompt loader's connection ends with that, and then the Instance does, so
+// that nobody has to wait.
+func (b *booted) thawed(ctx context.Context, frozenFor time.Duration) (answered func() error, prompt bool, err error) {
 	b.mu.Lock()
 	conn, gone := b.conn, b.gone
 	b.mu.Unlock()
-	var resumed func() error
-	if conn != nil && !gone {
-		resumed = conn.thawed(ctx, frozenFor)
+	if gone {
+		return func() error { return nil }, true, nil
+	}
+	bounded, cancel := context.WithTimeout(ctx, greetTime)
+	resumed := func() error { return b.resumeAnew(bounded, frozenFor) } // after a restart of ours: only when it is thawed can it answer
+	if conn != nil {
+		prompt = conn.isPrompt()
+		if prompt { // its answer is waited for after the claim
+			cancel()
+			bounded, cancel = context.WithTimeout(context.WithoutCancel(ctx), greetTime)
+		}
+		if resumed, err = conn.thawed(bounded, frozenFor); err != nil {
+			cancel()
+			return nil, false, fmt.Errorf("thaw runtime %s: %w", b.name, err)
+		}
 	}
 	return func() error {
 		defer cancel()
-		if gone {
-			return nil
-		}
-		var err error
-		if resumed == nil { // after a restart of ours: only now can it answer
-			resumed, err = b.resumeAnew(ctx, frozenFor)
-		}
-		if err == nil {
-			err = resumed()
-		}
-		if err != nil {
+		if err := resumed(); err != nil {
 			return fmt.Errorf("thaw runtime %s: %w", b.name, err)
 		}
 		return nil
-	}
+	}, prompt, nil
 }
 
-// resumeAnew tells a loader of a thaw that it has to be connected to first.
-func (b *booted) resumeAnew(ctx context.Context, frozenFor time.Duration) (answered func() error, err error) {
+// resumeAnew tells a loader of a thaw that it has to be connected to first, and waits for its answer.
+func (b *booted) resumeAnew(ctx context.Context, frozenFor time.Duration) error {
 	conn, g, err := b.connect(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if !g.Loaded {
-		return nil, errors.New("its loader says that nothing is loaded")
+		return errors.New("its loader says that nothing is loaded")
 	}
-	return conn.thawed(ctx, frozenFor), nil
+	resumed, err := conn.thawed(ctx, frozenFor)
+	if err != nil {
+		return err
+	}
+	return resumed()
 }
 
 // connect connects to the loader and waits for its greeting. The connection is b's.

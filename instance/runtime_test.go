@@ -45,9 +45,13 @@ func boot(e *instance.Engine, id string) (*hearthv1.Instance, error) {
 }
 
 func load(e *instance.Engine, id string, r *hearthv1.Revision) (*hearthv1.ActivateResponse, error) {
+	return claim(e, id, "claim-"+id, r)
+}
+
+func claim(e *instance.Engine, id, claim string, r *hearthv1.Revision) (*hearthv1.ActivateResponse, error) {
 	answer, err := e.Activate(context.Background(), connect.NewRequest(&hearthv1.ActivateRequest{
 		InstanceId: id, Revision: r,
-		Claim: &hearthv1.Claim{Id: "claim-" + id, Epoch: 1, Deadline: timestamppb.New(time.Now().Add(time.Minute))},
+		Claim: &hearthv1.Claim{Id: claim, Epoch: 1, Deadline: timestamppb.New(time.Now().Add(time.Minute))},
 	}))
 	if err != nil {
 		return nil, err
@@ -324,6 +328,64 @@ func TestThawedIsTold(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestThawOfPromptLoader: one that takes a thaw in before any request is not waited for; what it fails to say ends the Instance all
+// the same.
+func TestThawOfPromptLoader(t *testing.T) {
+	promptLine := strings.Replace(readyLine, "false", `false,"prompt":true`, 1)
+	for name, c := range map[string]struct {
+		greeting, answer string
+		takes            time.Duration // the claim
+		fails            bool
+		ends             time.Duration // the Instance after it; 0 for never
+	}{
+		"prompt":               {greeting: promptLine, answer: `{"resumed":{}}`},
+		"prompt, silent":       {greeting: promptLine, ends: 5 * time.Second},
+		"prompt, says other":   {greeting: promptLine, answer: `{"loaded":{}}`, ends: time.Nanosecond},
+		"prompt, says rubbish": {greeting: promptLine, answer: `rubbish`, ends: time.Nanosecond},
+		"not prompt":           {greeting: readyLine, answer: `{"resumed":{}}`},
+		"not prompt, silent":   {greeting: readyLine, takes: 5 * time.Second, fails: true, ends: time.Nanosecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFake(t)
+				f.loader = func(_ string, conn net.Conn) {
+					answers := map[string]string{"load": `{"loaded":{"phases":{}}}`, "thawed": c.answer}
+					converse(conn, c.greeting, answers, func(question string) {
+						if answers[question] == "" { // until the connection ends
+							_, _ = io.Copy(io.Discard, conn)
+						}
+					})
+				}
+				e, stop := runUntil(t, f)
+				defer stop()
+				if _, err := boot(e, "a"); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := load(e, "a", inPython(3)); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := freeze(e, "a", 1); err != nil {
+					t.Fatal(err)
+				}
+				begin := time.Now()
+				answer, err := claim(e, "a", "another", inPython(3))
+				if took := time.Since(begin); took != c.takes || (err != nil) != c.fails {
+					t.Fatalf("the claim took %s: %v, %v", took, answer, err)
+				}
+				time.Sleep(c.ends - time.Nanosecond) // none of it is over if it is to last
+				synctest.Wait()
+				if list(t, e)["a"] == nil && c.ends > time.Nanosecond {
+					t.Error("it ended early")
+				}
+				time.Sleep(time.Minute)
+				if alive := list(t, e)["a"] != nil; alive != (c.ends == 0) {
+					t.Errorf("it is there: %t", alive)
+				}
+			})
+		})
+	}
 }
 
 // TestRebuildRuntimes gives a new engine what a former one may have left of Instances with a Runtime.

@@ -1,6 +1,7 @@
 package runtimes_test
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
@@ -559,6 +560,54 @@ func TestThawed(t *testing.T) {
 		}
 		if drawn[0][0] == drawn[0][1] || drawn[0][1] == drawn[0][2] || drawn[0][0] == drawn[0][2] {
 			t.Errorf("it draws the same again: %q", drawn[0])
+		}
+	})
+}
+
+// TestRequestAfterThaw stops two Instances that draw differently, and tells them of a thaw and sends them a request while they stand
+// still. A loader that says to be prompt has taken in the one before it answers the other.
+func TestRequestAfterThaw(t *testing.T) {
+	each(t, func(l language) bool { return l.random }, func(t *testing.T, l language) {
+		var drawn [2]string
+		for n := range drawn {
+			i := boot(t, l.name, "HEARTH_PRELOAD="+l.preload)
+			c := i.serve(t, l, l.handler, "http", byte(n+3), nil)
+			if !c.prompt {
+				t.Fatal("it does not say that it is prompt")
+			}
+			if err := i.process.Process.Signal(syscall.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+			c.put("thawed", map[string]any{"seed": bytes.Repeat([]byte{2}, 32), "frozen": 3600.5})
+			conn, err := i.network.dial(t.Context(), "tcp", "127.0.0.1:8080")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = conn.Close() }()
+			if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(conn, "GET /random HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+			if err := i.process.Process.Signal(syscall.SIGCONT); err != nil {
+				t.Fatal(err)
+			}
+			answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(answer.Body)
+			if err != nil || answer.StatusCode != http.StatusOK {
+				t.Fatalf("status %d, %v", answer.StatusCode, err)
+			}
+			drawn[n] = string(body)
+			if m := c.hear(); m.Resumed == nil {
+				t.Errorf("it answers %+v", m)
+			}
+		}
+		if drawn[0] != drawn[1] || drawn[0] == "" {
+			t.Errorf("seeded alike they drew %q", drawn)
 		}
 	})
 }

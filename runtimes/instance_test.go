@@ -229,6 +229,8 @@ type conversation struct {
 	t     testing.TB
 	conn  net.Conn
 	lines *bufio.Reader
+
+	prompt bool // by its greeting
 }
 
 // message is anything that a loader says.
@@ -237,6 +239,7 @@ type message struct {
 		Protocol  int
 		Runtime   string
 		Loaded    bool
+		Prompt    bool
 		Preloaded []string
 		Missing   map[string]string
 	}
@@ -253,6 +256,7 @@ func (i *instance) connect(t testing.TB) (*conversation, message) {
 	if m.Ready == nil || m.Ready.Protocol != 1 {
 		t.Fatalf("it begins with %+v, want ready in protocol 1", m)
 	}
+	c.prompt = m.Ready.Prompt
 	return c, m
 }
 
@@ -284,6 +288,13 @@ func (c *conversation) hear() message {
 
 func (c *conversation) ask(what string, v any) message {
 	c.t.Helper()
+	c.put(what, v)
+	return c.hear()
+}
+
+// put asks and does not wait.
+func (c *conversation) put(what string, v any) {
+	c.t.Helper()
 	line, err := json.Marshal(map[string]any{what: v, "unknown": "field"})
 	if err != nil {
 		c.t.Fatal(err)
@@ -291,7 +302,6 @@ func (c *conversation) ask(what string, v any) message {
 	if _, err := c.conn.Write(append(line, '\n')); err != nil {
 		c.t.Fatal(err)
 	}
-	return c.hear()
 }
 
 // over waits until the loader ends the conversation; it may have said something before.

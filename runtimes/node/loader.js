@@ -191,6 +191,7 @@ class Loader {
     return {
       ready: {
         protocol: PROTOCOL, runtime: `node ${process.versions.node}`, loaded: this.server !== null,
+        prompt: true, // what is on the socket comes before what comes later, in one loop of events
         preloaded: this.preloaded, missing: this.missing,
       },
     };

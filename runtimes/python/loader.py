@@ -1,7 +1,7 @@
 """The loader of the python Runtime: boots Python and the libraries that it is told, waits, loads one Function and serves it.
 
-docs/RUNTIMES.md is the contract. The main thread speaks with nodeagent over the control socket; one thread accepts HTTP
-connections, and each connection has a thread. A request goes through a small HTTP/1.1 server of this file into a Flask
+docs/RUNTIMES.md is the contract. The main thread speaks with nodeagent over the control socket; each HTTP connection has the thread
+that accepted it. A request goes through a small HTTP/1.1 server of this file into a Flask
 application whose only view is the Function."""
 
 import atexit
@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import re
+import select
 import signal
 import socket
 import sys
@@ -34,6 +35,7 @@ MAX_HEAD = 64 << 10
 MAX_CHUNK_LINE = 1 << 10
 MAX_UNREAD = 16 << 20  # of a request's body that the Function leaves, read so that the connection can be kept
 MAX_CONNECTIONS = 4096
+ACCEPTING = 2  # threads that wait for a connection
 BLOCK = 64 << 10
 LIBRARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lib")
 
@@ -200,6 +202,7 @@ class Connection:
             return False
         self.server.begin(self)
         try:
+            self.server.prompt()
             request = Request(self, head)
             answer = Answer(self, request)
             answer.run(self.server.application)
@@ -455,13 +458,15 @@ class Answer:
 class Server:
     """Accepts connections and knows which requests are under way."""
 
-    def __init__(self, application):
+    def __init__(self, application, prompt=lambda: None):
         self.application = application
+        self.prompt = prompt  # does, before a request, what nodeagent wants done first
         self.host, self.port = "localhost", "80"
         self.listener = None
         self.draining = False
         self.changed = threading.Condition()  # of what follows
         self.idle, self.busy = set(), set()
+        self.accepting = 0  # threads
 
     def listen(self, address):
         host, _, port = address.rpartition(":")
@@ -472,10 +477,18 @@ class Server:
         listener.bind((host, int(port)))
         listener.listen(1024)
         self.host, self.port, self.listener = host, port, listener
-        threading.Thread(target=self._accept, name="hearth-accept", daemon=True).start()
+        self._accept_more()
+
+    def _accept_more(self):
+        """Has as many threads wait for a connection as are to: who accepts one serves it, with no other to be started or woken first."""
+        with self.changed:
+            missing = 0 if self.draining else ACCEPTING - self.accepting
+            self.accepting += missing
+        for _ in range(missing):
+            threading.Thread(target=self._accept, name="hearth-accept", daemon=True).start()
 
     def _accept(self):
-        while not self.draining:
+        while True:
             with self.changed:
                 self.changed.wait_for(lambda: len(self.idle) + len(self.busy) < MAX_CONNECTIONS)
             try:
@@ -487,7 +500,18 @@ class Server:
                 log(f"accept: {error}")
                 time.sleep(0.01)  # out of descriptors, most likely: others have to end first
                 continue
-            self.attend(sock, peer[0])
+            connection = Connection(self, sock, peer[0])
+            with self.changed:
+                self.accepting -= 1
+                self.idle.add(connection)
+                last = self.accepting == 0
+            if last:
+                self._accept_more()
+            connection.serve()
+            with self.changed:
+                if self.draining or self.accepting >= ACCEPTING:
+                    return
+                self.accepting += 1
 
     def attend(self, sock, peer):
         connection = Connection(self, sock, peer)
@@ -652,12 +676,61 @@ class Malformed(Exception):
     """What came over the control socket is not of the protocol."""
 
 
+class Conversation:
+    """One connection of nodeagent's. What has come is taken in by whoever is first: the thread that waits for it, or one that has a
+    request, so that a request finds done what was asked before it came."""
+
+    def __init__(self, connection, respond):
+        self.connection, self.respond = connection, respond
+        self.lock = threading.Lock()  # of what follows
+        self.buffer = bytearray()
+
+    def run(self):
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        while self.take_in():
+            poll.poll()
+
+    def say(self, message):
+        self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def take_in(self):
+        """Answers all that has come, one object a line; false if the connection has ended."""
+        with self.lock:
+            while True:
+                try:
+                    block = self.connection.recv(BLOCK, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return True
+                if not block:
+                    return False
+                self.buffer += block
+                while (end := self.buffer.find(b"\n")) >= 0:
+                    line = bytes(self.buffer[:end])
+                    del self.buffer[: end + 1]
+                    self.say(self.respond(message_of(line)))
+                if len(self.buffer) > MAX_LINE:
+                    raise Malformed("a line of over 1 MiB")
+
+    def prompt(self):
+        """take_in for a request, which is not the worse for what nodeagent does."""
+        try:
+            self.take_in()
+        except (Malformed, OSError) as error:
+            log(f"control: {error}")
+            try:
+                self.connection.shutdown(socket.SHUT_RDWR)  # the main thread finds its end
+            except OSError:
+                pass
+
+
 class Loader:
     """One Function at most, and what nodeagent asks about it."""
 
     def __init__(self, preloaded, missing):
         self.preloaded, self.missing = preloaded, missing
         self.server = None
+        self.conversation = None
 
     def run(self, control):
         while True:
@@ -667,24 +740,34 @@ class Loader:
                     self._converse(connection)
                 except (Malformed, OSError) as error:
                     log(f"control: {error}")
+                finally:
+                    self.conversation = None
 
     def _converse(self, connection):
-        def say(message):
-            connection.sendall(json.dumps(message).encode() + b"\n")
+        conversation = Conversation(connection, self._respond)
+        conversation.say({"ready": {
+            "protocol": PROTOCOL, "runtime": "python " + platform.python_version(), "loaded": self.server is not None,
+            "prompt": True, "preloaded": self.preloaded, "missing": self.missing}})
+        self.conversation = conversation
+        conversation.run()
 
-        say({"ready": {"protocol": PROTOCOL, "runtime": "python " + platform.python_version(), "loaded": self.server is not None,
-                       "preloaded": self.preloaded, "missing": self.missing}})
-        for message in messages(connection):
-            load, thawed = message.get("load"), message.get("thawed")
-            if isinstance(load, dict) and self.server is None:
-                say(self._load(load))
-                if self.server is None:
-                    leave(1)
-            elif isinstance(thawed, dict):
-                reseed(seed_of(thawed))
-                say({"resumed": {}})
-            else:
-                raise Malformed("neither load, once, nor thawed")
+    def _respond(self, message):
+        load, thawed = message.get("load"), message.get("thawed")
+        if isinstance(load, dict) and self.server is None:
+            answer = self._load(load)
+            if self.server is None:
+                self.conversation.say(answer)
+                leave(1)
+            return answer
+        if isinstance(thawed, dict):
+            reseed(seed_of(thawed))
+            return {"resumed": {}}
+        raise Malformed("neither load, once, nor thawed")
+
+    def _prompt(self):
+        conversation = self.conversation
+        if conversation:
+            conversation.prompt()
 
     def _load(self, load):
         phases, begun = {}, time.perf_counter()
@@ -704,7 +787,7 @@ class Loader:
             application = web(events(function) if signature == "cloudevent" else function, code)
             phases["import"] = time.perf_counter() - begun
             begun = time.perf_counter()
-            server = Server(application)
+            server = Server(application, self._prompt)
             server.listen(address)
             phases["listen"] = time.perf_counter() - begun
         except (Stop, Malformed):
@@ -729,28 +812,16 @@ def seed_of(message):
         raise Malformed(f"seed: {error}") from None
 
 
-def messages(connection):
-    """The objects that come, one a line, until the connection ends."""
-    buffer = bytearray()
-    while True:
-        end = buffer.find(b"\n")
-        if end > MAX_LINE or end < 0 and len(buffer) > MAX_LINE:
-            raise Malformed("a line of over 1 MiB")
-        if end < 0:
-            block = connection.recv(BLOCK)
-            if not block:
-                return
-            buffer += block
-            continue
-        line = bytes(buffer[:end])
-        del buffer[: end + 1]
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise Malformed(f"no JSON: {error}") from None
-        if not isinstance(message, dict):
-            raise Malformed("no JSON object")
-        yield message
+def message_of(line):
+    if len(line) > MAX_LINE:
+        raise Malformed("a line of over 1 MiB")
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"no JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise Malformed("no JSON object")
+    return message
 
 
 def leave(status):

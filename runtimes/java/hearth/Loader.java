@@ -11,6 +11,8 @@ import java.net.URL;
 import java.net.URLClassLoader;
 import java.nio.ByteBuffer;
 import java.nio.channels.Channel;
+import java.nio.channels.SelectionKey;
+import java.nio.channels.Selector;
 import java.nio.channels.ServerSocketChannel;
 import java.nio.channels.SocketChannel;
 import java.nio.charset.StandardCharsets;
@@ -22,6 +24,7 @@ import java.util.Base64;
 import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.concurrent.locks.LockSupport;
 import sun.misc.Signal;
 
 /**
@@ -47,6 +50,7 @@ public final class Loader {
     private final List<Object> preloaded = new ArrayList<>();
     private final Map<String, Object> missing = new LinkedHashMap<>();
     private volatile Server server;
+    private volatile Conversation conversation;
     private volatile SocketChannel loading; // the connection that asked for the Function that is being loaded
 
     public static void main(String[] arguments) throws Exception {
@@ -104,7 +108,7 @@ public final class Loader {
     private static void warmUp() throws IOException, ReflectiveOperationException {
         ClassLoader loader = classes(Path.of(HOME));
         HttpFunction function = importFunction(loader, "warm.Warm", "http");
-        Server server = new Server(function, loader, new InetSocketAddress("127.0.0.1", 0));
+        Server server = new Server(function, loader, new InetSocketAddress("127.0.0.1", 0), () -> { });
         URL url = URI.create("http://127.0.0.1:" + server.address().getPort() + "/warm?a=b").toURL();
         for (int i = 0; i < WARM_REQUESTS; i++) {
             HttpURLConnection request = (HttpURLConnection) url.openConnection();
@@ -130,6 +134,8 @@ public final class Loader {
                 converse(connection);
             } catch (Malformed | IOException e) {
                 log("control: " + e.getMessage());
+            } finally {
+                conversation = null;
             }
         }
     }
@@ -139,24 +145,68 @@ public final class Loader {
                 "protocol", PROTOCOL,
                 "runtime", "java " + System.getProperty("java.version"),
                 "loaded", server != null,
+                "prompt", true,
                 "preloaded", preloaded,
                 "missing", missing));
-        ByteBuffer block = ByteBuffer.allocate(MAX_LINE / 16);
-        ByteArrayOutputStream line = new ByteArrayOutputStream();
-        while (connection.read(block.clear()) >= 0) {
-            block.flip();
-            while (block.hasRemaining()) {
-                byte b = block.get();
-                if (b != '\n') {
-                    line.write(b);
-                    continue;
+        try (Selector selector = Selector.open()) {
+            connection.configureBlocking(false);
+            connection.register(selector, SelectionKey.OP_READ);
+            Conversation begun = new Conversation(connection);
+            conversation = begun;
+            while (begun.takeIn()) {
+                selector.select();
+                selector.selectedKeys().clear();
+            }
+        }
+    }
+
+    /** Takes in what nodeagent has said before a request that has come; the request is not the worse for what that is. */
+    private void prompt() {
+        Conversation present = conversation;
+        if (present == null) {
+            return;
+        }
+        try {
+            present.takeIn();
+        } catch (Malformed | IOException e) {
+            log("control: " + e.getMessage());
+            try {
+                present.connection.shutdownInput(); // the main thread finds its end
+            } catch (IOException ignored) {
+                // it has ended
+            }
+        }
+    }
+
+    /** One connection of nodeagent's. What has come is taken in by whoever is first: the thread that waits for it, or a request's. */
+    private final class Conversation {
+        final SocketChannel connection;
+        private final ByteBuffer block = ByteBuffer.allocate(MAX_LINE / 16);
+        private final ByteArrayOutputStream line = new ByteArrayOutputStream();
+
+        Conversation(SocketChannel connection) {
+            this.connection = connection;
+        }
+
+        /** Answers all that has come, one object a line; false if the connection has ended. */
+        synchronized boolean takeIn() throws IOException, Malformed {
+            int count;
+            while ((count = connection.read(block.clear())) > 0) {
+                block.flip();
+                while (block.hasRemaining()) {
+                    byte b = block.get();
+                    if (b != '\n') {
+                        line.write(b);
+                        continue;
+                    }
+                    respond(connection, line.toString(StandardCharsets.UTF_8));
+                    line.reset();
                 }
-                respond(connection, line.toString(StandardCharsets.UTF_8));
-                line.reset();
+                if (line.size() > MAX_LINE) {
+                    throw new Malformed("a line of over 1 MiB");
+                }
             }
-            if (line.size() > MAX_LINE) {
-                throw new Malformed("a line of over 1 MiB");
-            }
+            return count == 0;
         }
     }
 
@@ -195,7 +245,9 @@ public final class Loader {
     private static void say(SocketChannel connection, String what, Object value) throws IOException {
         ByteBuffer line = StandardCharsets.UTF_8.encode(Json.write(Map.of(what, value)) + "\n");
         while (line.hasRemaining()) {
-            connection.write(line);
+            if (connection.write(line) == 0) { // nodeagent reads slowly
+                LockSupport.parkNanos(1_000_000);
+            }
         }
     }
 
@@ -246,7 +298,7 @@ public final class Loader {
             HttpFunction function = importFunction(loader, handler, signature);
             long imported = System.nanoTime();
             phases.put("import", (imported - begun) / 1e9);
-            server = new Server(function, loader, resolved(address));
+            server = new Server(function, loader, resolved(address), this::prompt);
             phases.put("listen", (System.nanoTime() - imported) / 1e9);
         } catch (IOException e) {
             throw new IllegalStateException(e.getMessage(), e); // not the connection's

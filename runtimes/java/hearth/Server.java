@@ -13,7 +13,8 @@ import java.util.Locale;
 import java.util.Map;
 import java.util.TreeMap;
 import java.util.concurrent.ExecutorService;
-import java.util.concurrent.Executors;
+import java.util.concurrent.SynchronousQueue;
+import java.util.concurrent.ThreadPoolExecutor;
 import java.util.concurrent.TimeUnit;
 
 /** The HTTP server that calls one Function, with a thread for each request under way. */
@@ -23,16 +24,20 @@ final class Server {
     private final HttpServer server;
     private final ExecutorService threads;
 
-    Server(HttpFunction function, ClassLoader loader, InetSocketAddress address) throws IOException {
-        threads = Executors.newCachedThreadPool(work -> {
+    /** @param prompt does, before a request, what nodeagent wants done first */
+    Server(HttpFunction function, ClassLoader loader, InetSocketAddress address, Runnable prompt) throws IOException {
+        threads = new ThreadPoolExecutor(1, Integer.MAX_VALUE, 1, TimeUnit.MINUTES, new SynchronousQueue<>(), work -> {
             Thread thread = new Thread(work, "hearth-request");
             thread.setDaemon(true);
             thread.setContextClassLoader(loader);
             return thread;
-        });
+        }); // one stays, also over a freeze of more than that minute
         server = HttpServer.create(address, BACKLOG);
         server.setExecutor(threads);
-        server.createContext("/", exchange -> serve(exchange, function));
+        server.createContext("/", exchange -> {
+            prompt.run();
+            serve(exchange, function);
+        });
         server.start();
     }
 
