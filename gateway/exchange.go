@@ -158,7 +158,7 @@ func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
 			out.Body = x.body
 		}
 		x.sent = time.Now()
-		res, err := e.transport(out).RoundTrip(out)
+		res, err := e.transport.RoundTrip(out)
 		if err == nil {
 			return x.firstByte(res)
 		}

@@ -50,7 +50,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = http.NewResponseController(w).EnableFullDuplex()
 	}
 	x.reverse = httputil.ReverseProxy{
-		Rewrite: rewrite, Transport: x, ModifyResponse: x.modify, BufferPool: p.buffers, ErrorLog: p.silence, ErrorHandler: x.refuse,
+		Rewrite: rewrite, Transport: p.target.transport, ModifyResponse: x.modify, BufferPool: p.buffers, ErrorLog: p.silence, ErrorHandler: x.refuse,
 	}
 	x.reverse.ServeHTTP(w, r)
 }
@@ -66,14 +66,6 @@ func rewrite(p *httputil.ProxyRequest) {
 			p.Out.Header[name] = v
 		}
 	}
-}
-
-// RoundTrip sends the request to the Function.
-func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
-	if relay.NeedsHTTP2(r) {
-		return x.target.grpc.RoundTrip(r)
-	}
-	return x.target.plain.RoundTrip(r)
 }
 
 func (x *exchange) modify(res *http.Response) error {

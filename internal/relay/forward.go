@@ -38,9 +38,9 @@ func FlushInterval(res *http.Response) time.Duration {
 	return -1
 }
 
-// NeedsHTTP2 tells whether a request has to go on over HTTP/2: gRPC needs it all the way. Everything else takes HTTP/1.1, which
+// needsHTTP2 tells whether a request has to go on over HTTP/2: gRPC needs it all the way. Everything else takes HTTP/1.1, which
 // every Function speaks.
-func NeedsHTTP2(r *http.Request) bool {
+func needsHTTP2(r *http.Request) bool {
 	return r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
 }
 

@@ -67,19 +67,6 @@ func TestFlushInterval(t *testing.T) {
 	}
 }
 
-func TestNeedsHTTP2(t *testing.T) {
-	for _, c := range []struct {
-		major int
-		kind  string
-		want  bool
-	}{{2, "application/grpc", true}, {2, "application/grpc+proto", true}, {1, "application/grpc", false}, {2, "text/plain", false}, {2, "", false}} {
-		r := &http.Request{ProtoMajor: c.major, Header: http.Header{"Content-Type": {c.kind}}}
-		if got := relay.NeedsHTTP2(r); got != c.want {
-			t.Errorf("HTTP/%d, %q: %t", c.major, c.kind, got)
-		}
-	}
-}
-
 func TestBuffers(t *testing.T) {
 	p := relay.NewBuffers(100)
 	for range 3 {
