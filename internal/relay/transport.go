@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -81,6 +82,12 @@ func (c *TransportConfig) dial(ctx context.Context) (net.Conn, error) {
 		return nil, err
 	}
 	return takeOver(conn), nil
+}
+
+// needsHTTP2 tells whether a request has to go on over HTTP/2: gRPC needs it all the way. Everything else takes HTTP/1.1, which
+// every Function speaks.
+func needsHTTP2(r *http.Request) bool {
+	return r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
 }
 
 // RoundTrip implements http.RoundTripper.

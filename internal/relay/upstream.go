@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -17,10 +16,7 @@ import (
 // maxKeptBytes is the size of a buffer for requests up to which it is used again.
 const maxKeptBytes = 32 << 10
 
-var (
-	errHeaderTooLarge = fmt.Errorf("the header of the answer is over %d bytes", maxHeaderBytes)
-	errStatus         = errors.New("the answer has a status that is none, or that nobody has asked for")
-)
+var errHeaderTooLarge = fmt.Errorf("the header of the answer is over %d bytes", maxHeaderBytes)
 
 // upstream is a connection over which simple requests go.
 type upstream struct {
@@ -149,7 +145,7 @@ func (c *upstream) answer(r *http.Request) (*http.Response, error) {
 		case err != nil:
 			return nil, err
 		case res.StatusCode < 100 || res.StatusCode == http.StatusSwitchingProtocols:
-			return nil, errStatus
+			return nil, errAnswer
 		case res.StatusCode >= 200:
 			return res, nil
 		}
@@ -194,6 +190,16 @@ func (b *body) Close() error {
 	b.closed = true
 	b.end(false)
 	return nil
+}
+
+// here says whether some of the body can be read without waiting for it.
+func (b *body) here(res *http.Response) bool {
+	has, _ := b.conn.in.Peek(b.conn.in.Buffered())
+	if len(res.TransferEncoding) > 0 { // the line before a chunk says nothing yet
+		line := bytes.IndexByte(has, '\n')
+		return line >= 0 && line+1 < len(has)
+	}
+	return len(has) > 0
 }
 
 // end is told once that nothing more is to be read.
