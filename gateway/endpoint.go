@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -15,13 +14,11 @@ import (
 const (
 	// trustTime is how long an Instance that an Allocate reply named is believed in against Watch events that leave it out:
 	// they may have been made before it served.
-	trustTime   = time.Second
-	minDownTime = time.Second
-	maxDownTime = 30 * time.Second
-	// idleUpstream is shorter than what servers commonly keep idle connections for (gunicorn 2 s, node 5 s), so that the
-	// server does not close one just as a request goes out on it. A new one to an Instance costs a tenth of a millisecond.
-	idleUpstream    = 1500 * time.Millisecond
+	trustTime       = time.Second
+	minDownTime     = time.Second
+	maxDownTime     = 30 * time.Second
 	maxIdleUpstream = 256
+	upstreamBytes   = 16 << 10 // what is read at once of an answer
 )
 
 // endpoint is one Instance that serves a Function, under one claim: one that was frozen and is thawed comes back under another, and is
@@ -29,9 +26,8 @@ const (
 type endpoint struct {
 	id, claim string
 	address   string
-	plain     *http.Transport // HTTP/1.1, with a pool of connections that is this Instance's alone
-	grpc      *http.Transport // h2c
-	known     chan struct{}   // closed when start is set
+	transport *relay.Transport // with a pool of connections that is this Instance's alone
+	known     chan struct{}    // closed when start is set
 
 	inFlight   int
 	draining   bool // gets no new requests
@@ -58,32 +54,12 @@ func (e *endpoint) key() string { return e.id + " " + e.claim }
 
 func newEndpoint(in *hearthv1.Instance, c *Config) *endpoint {
 	e := &endpoint{id: in.GetId(), claim: in.GetClaim().GetId(), address: in.GetAddress(), known: make(chan struct{})}
-	dial := e.dialer(c)
-	e.plain = &http.Transport{
-		DialContext: dial, DisableCompression: true,
-		MaxIdleConnsPerHost: maxIdleUpstream, IdleConnTimeout: idleUpstream,
-		ExpectContinueTimeout: time.Second, MaxResponseHeaderBytes: 1 << 20,
-		WriteBufferSize: 16 << 10, ReadBufferSize: 16 << 10,
-	}
-	protocols := new(http.Protocols)
-	protocols.SetUnencryptedHTTP2(true)
-	e.grpc = &http.Transport{DialContext: dial, DisableCompression: true, Protocols: protocols, IdleConnTimeout: idleUpstream}
+	e.transport = relay.NewTransport(relay.TransportConfig{Dial: e.dialer(c), MaxIdle: maxIdleUpstream, BufferBytes: upstreamBytes})
 	return e
 }
 
-// transport is the one for a request.
-func (e *endpoint) transport(r *http.Request) *http.Transport {
-	if relay.NeedsHTTP2(r) {
-		return e.grpc
-	}
-	return e.plain
-}
-
 // close lets idle connections go; those in use end with their requests.
-func (e *endpoint) close() {
-	e.plain.CloseIdleConnections()
-	e.grpc.CloseIdleConnections()
-}
+func (e *endpoint) close() { e.transport.CloseIdleConnections() }
 
 // dialError says that nothing of a request has been sent, so that it may go elsewhere.
 type dialError struct{ err error }
@@ -96,13 +72,13 @@ func (e *dialError) timeout() bool {
 	return errors.Is(e.err, context.DeadlineExceeded) || errors.As(e.err, &t) && t.Timeout()
 }
 
-// dialer ignores the address that a URL names: an endpoint's connections go to its Instance.
-func (e *endpoint) dialer(c *Config) func(context.Context, string, string) (net.Conn, error) {
+// dialer connects to the endpoint's Instance.
+func (e *endpoint) dialer(c *Config) func(context.Context) (net.Conn, error) {
 	dial, patience, address := c.Dial, c.DialTime, e.address
-	return func(ctx context.Context, network, _ string) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) {
 		ctx, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
-		conn, err := dial(ctx, network, address)
+		conn, err := dial(ctx, "tcp", address)
 		if err != nil {
 			return nil, &dialError{fmt.Errorf("connect to instance %s: %w", e.id, err)}
 		}

@@ -6,9 +6,10 @@ import (
 	"errors"
 	"io"
 	"net/http"
-	"net/http/httputil"
 	"os"
 	"time"
+
+	"github.com/hearth-serverless/hearth/internal/relay"
 )
 
 const (
@@ -23,7 +24,7 @@ const (
 // errTooLate is the cause of a context whose request got no first byte in time.
 var errTooLate = errors.New("no first byte in time")
 
-// exchange is one request and its answer. It is its reverse proxy's transport, so that choosing an Instance, and choosing
+// exchange is one request and its answer. It is its hop's transport, so that choosing an Instance, and choosing
 // again when nothing could be sent, is part of a round trip.
 type exchange struct {
 	gateway  *Gateway
@@ -33,7 +34,6 @@ type exchange struct {
 	timeout  time.Duration
 	timer    *time.Timer // to errTooLate; stopped by the first byte
 
-	proxy    httputil.ReverseProxy // this exchange's own
 	lease    lease
 	held     int64 // bytes taken from gateway.bodies
 	body     *requestBody
@@ -68,11 +68,11 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request) {
 		x.refuse(client, w, err)
 		return
 	}
-	x.proxy = httputil.ReverseProxy{
-		Rewrite: x.rewrite, Transport: x, ModifyResponse: x.modify, BufferPool: x.gateway.buffers, ErrorLog: x.gateway.errorLog,
-		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { x.refuse(client, w, err) },
+	hop := relay.Hop{
+		Transport: x, Rewrite: x.rewrite, Modify: x.modify, Buffers: x.gateway.buffers, ErrorLog: x.gateway.errorLog,
+		Refuse: func(w http.ResponseWriter, _ *http.Request, err error) { x.refuse(client, w, err) },
 	}
-	x.proxy.ServeHTTP(w, r)
+	hop.ServeHTTP(w, r)
 }
 
 // end gives everything back, also when the proxy panics to abort an answer.
@@ -158,7 +158,7 @@ func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
 			out.Body = x.body
 		}
 		x.sent = time.Now()
-		res, err := e.transport(out).RoundTrip(out)
+		res, err := e.transport.RoundTrip(out)
 		if err == nil {
 			return x.firstByte(res)
 		}

@@ -5,35 +5,26 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httputil"
 	"strings"
 	"sync/atomic"
 	"time"
-
-	"github.com/hearth-serverless/hearth/internal/relay"
 )
 
-// rewrite turns the client's request into the Instance's. ReverseProxy has taken off headers about forwarding too, which come
-// back here: a client of this gateway may be a proxy itself.
-func (x *exchange) rewrite(p *httputil.ProxyRequest) {
-	relay.Rewrite(p)
-	x.route.strip(p.Out.URL)
-
-	in, out := p.In.Header, p.Out.Header
-	if client, _, err := net.SplitHostPort(p.In.RemoteAddr); err == nil {
+// rewrite turns the client's request into the Instance's. What a client says of whom it forwards for stays: it may be a proxy itself.
+func (x *exchange) rewrite(from, to *http.Request) {
+	x.route.strip(to.URL)
+	in, out := from.Header, to.Header
+	if client, _, err := net.SplitHostPort(from.RemoteAddr); err == nil {
 		if prior := in["X-Forwarded-For"]; len(prior) > 0 {
 			client = strings.Join(prior, ", ") + ", " + client
 		}
-		out.Set("X-Forwarded-For", client)
-	}
-	if v := in["Forwarded"]; len(v) > 0 {
-		out["Forwarded"] = v
+		out["X-Forwarded-For"] = []string{client}
 	}
 	proto := "http"
-	if p.In.TLS != nil {
+	if from.TLS != nil {
 		proto = "https"
 	}
-	keep(out, in, "X-Forwarded-Host", p.In.Host)
+	keep(out, in, "X-Forwarded-Host", from.Host)
 	keep(out, in, "X-Forwarded-Proto", proto)
 	if x.route.prefix != "" {
 		out.Set("X-Forwarded-Prefix", x.route.prefix)
@@ -52,9 +43,8 @@ func keep(out, in http.Header, name, otherwise string) {
 }
 
 // modify completes the Instance's answer.
-func (x *exchange) modify(res *http.Response) error {
+func (x *exchange) modify(res *http.Response) {
 	x.status = res.StatusCode
-	x.proxy.FlushInterval = relay.FlushInterval(res)
 	if res.Header.Get("X-Request-Id") == "" {
 		res.Header.Set("X-Request-Id", res.Request.Header.Get("X-Request-Id"))
 	}
@@ -63,7 +53,6 @@ func (x *exchange) modify(res *http.Response) error {
 		theirs := res.Header["Server-Timing"]
 		res.Header["Server-Timing"] = append([]string{formatTiming(x.phases())}, theirs...)
 	}
-	return nil
 }
 
 // awaitExplanation gives the reply of an activation a moment to arrive, when its Instance has come by a Watch event.

@@ -95,7 +95,7 @@ func (g *Gateway) serve(ctx context.Context, l net.Listener) error {
 	failed := make(chan error, 1)
 	go func() {
 		g.awaitFirstWord(ctx)
-		failed <- server.Serve(l)
+		failed <- server.Serve(relay.Listener(l))
 	}()
 	select {
 	case err := <-failed:

@@ -140,7 +140,7 @@ func (g *Gateway) connects(ctx context.Context, e *endpoint) bool {
 		if n > 0 && !sleep(ctx, probePause) {
 			return false
 		}
-		if conn, err := dial(ctx, "tcp", e.address); err == nil {
+		if conn, err := dial(ctx); err == nil {
 			_ = conn.Close()
 			return true
 		}

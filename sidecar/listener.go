@@ -1,8 +1,11 @@
 package sidecar
 
 import (
+	"errors"
 	"net"
 	"sync"
+
+	"github.com/hearth-serverless/hearth/internal/relay"
 )
 
 // limited is a listener that lets so many connections be at once. More of them wait in the kernel, which bounds them too.
@@ -29,7 +32,12 @@ func (l *limited) Accept() (net.Conn, error) {
 		<-l.free
 		return nil, err
 	}
-	return &counted{TCPConn: conn, leave: sync.OnceFunc(func() { <-l.free })}, nil
+	quick, err := relay.NewConn(conn)
+	if err != nil {
+		<-l.free
+		return nil, errors.Join(err, conn.Close())
+	}
+	return &counted{Conn: quick, leave: sync.OnceFunc(func() { <-l.free })}, nil
 }
 
 // Close implements net.Listener.
@@ -40,12 +48,12 @@ func (l *limited) Close() error {
 
 // counted gives its place back when it is closed.
 type counted struct {
-	*net.TCPConn
+	*relay.Conn
 	leave func()
 }
 
 // Close implements net.Conn.
 func (c *counted) Close() error {
 	defer c.leave()
-	return c.TCPConn.Close()
+	return c.Conn.Close()
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log"
 	"net/http"
-	"net/http/httputil"
 	"time"
 
 	"github.com/hearth-serverless/hearth/internal/relay"
@@ -17,21 +16,18 @@ const copyBytes = 16 << 10
 
 // proxy takes a Function's requests.
 type proxy struct {
-	name    string
-	gate    *gate
-	target  *target
-	buffers *relay.Buffers
-	silence *log.Logger
+	name string
+	gate *gate
+	hop  relay.Hop
 }
 
 func newProxy(s *control.Serve, g *gate, t *target, silence *log.Logger) *proxy {
-	return &proxy{name: s.Function, gate: g, target: t, buffers: relay.NewBuffers(copyBytes), silence: silence}
-}
-
-// exchange is one request and its answer.
-type exchange struct {
-	*proxy
-	reverse httputil.ReverseProxy
+	p := &proxy{name: s.Function, gate: g}
+	p.hop = relay.Hop{
+		Transport: t.transport, Rewrite: func(_, out *http.Request) { out.URL.Host = "function" }, Modify: func(*http.Response) {},
+		Refuse: p.refuse, Buffers: relay.NewBuffers(copyBytes), ErrorLog: silence,
+	}
+	return p
 }
 
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -39,9 +35,8 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusMethodNotAllowed, "method_not_allowed", "this is no forward proxy", "use another method than CONNECT")
 		return
 	}
-	x := &exchange{proxy: p}
 	if err := p.gate.enter(r.Context()); err != nil {
-		x.refuse(w, r, err)
+		p.refuse(w, r, err)
 		return
 	}
 	defer p.gate.leave()
@@ -49,46 +44,17 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		// Without it net/http reads up what is left of the body before the answer begins.
 		_ = http.NewResponseController(w).EnableFullDuplex()
 	}
-	x.reverse = httputil.ReverseProxy{
-		Rewrite: rewrite, Transport: x, ModifyResponse: x.modify, BufferPool: p.buffers, ErrorLog: p.silence, ErrorHandler: x.refuse,
-	}
-	x.reverse.ServeHTTP(w, r)
-}
-
-// forwarding are the headers that ReverseProxy takes off and the gateway has set.
-var forwarding = []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"}
-
-func rewrite(p *httputil.ProxyRequest) {
-	relay.Rewrite(p)
-	p.Out.URL.Host = "function"
-	for _, name := range forwarding {
-		if v, ok := p.In.Header[name]; ok {
-			p.Out.Header[name] = v
-		}
-	}
-}
-
-// RoundTrip sends the request to the Function.
-func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
-	if relay.NeedsHTTP2(r) {
-		return x.target.grpc.RoundTrip(r)
-	}
-	return x.target.plain.RoundTrip(r)
-}
-
-func (x *exchange) modify(res *http.Response) error {
-	x.reverse.FlushInterval = relay.FlushInterval(res)
-	return nil
+	p.hop.ServeHTTP(w, r)
 }
 
 // refuse ends an exchange that came to no answer of the Function. What is the Function's fault ends without one: the gateway
 // then sees what it would see without a sidecar.
-func (x *exchange) refuse(w http.ResponseWriter, _ *http.Request, err error) {
+func (p *proxy) refuse(w http.ResponseWriter, _ *http.Request, err error) {
 	if !errors.Is(err, errFull) {
 		panic(http.ErrAbortHandler)
 	}
 	refuse(w, http.StatusServiceUnavailable, "queue_full",
-		fmt.Sprintf("%d requests wait for this instance of %s already, which is its bound", x.gate.queue, x.name),
+		fmt.Sprintf("%d requests wait for this instance of %s already, which is its bound", p.gate.queue, p.name),
 		"send less at once, or raise the function's max, concurrency or queue")
 }
 

@@ -10,17 +10,14 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/hearth-serverless/hearth/internal/relay"
 )
 
 const (
-	dialTime = 2 * time.Second
-	// idleUpstream is shorter than what servers commonly keep idle connections for, so that the Function does not close one just
-	// as a request goes out on it; the gateway's is the same.
-	idleUpstream = 1500 * time.Millisecond
-
+	dialTime              = 2 * time.Second
 	probeFirst, probeMost = 5 * time.Millisecond, 50 * time.Millisecond
 
-	maxHeaderBytes = 1 << 20
 	// What a slow client may have held back of an answer over HTTP/2.
 	streamBytes, connectionBytes = 64 << 10, 512 << 10
 )
@@ -28,43 +25,36 @@ const (
 // target is the Function's side: where it accepts, and the connections to it.
 type target struct {
 	candidates []netip.AddrPort
-	plain      *http.Transport // HTTP/1.1
-	grpc       *http.Transport // h2c
-	ready      func()          // called at each connection that it accepts, and
-	refused    func(error)     // at each that it refuses
+	transport  *relay.Transport
+	ready      func()      // called at each connection that it accepts, and
+	refused    func(error) // at each that it refuses
 
 	found atomic.Pointer[netip.AddrPort] // that accepted last
 }
 
 func newTarget(candidates []netip.AddrPort, concurrency int, ready func(), refused func(error)) *target {
 	t := &target{candidates: candidates, ready: ready, refused: refused}
-	t.plain = &http.Transport{
-		DialContext: t.dial, DisableCompression: true, MaxIdleConnsPerHost: concurrency, IdleConnTimeout: idleUpstream,
-		ExpectContinueTimeout: time.Second, MaxResponseHeaderBytes: maxHeaderBytes,
-	}
-	protocols := new(http.Protocols)
-	protocols.SetUnencryptedHTTP2(true)
-	t.grpc = &http.Transport{
-		DialContext: t.dial, DisableCompression: true, IdleConnTimeout: idleUpstream, MaxResponseHeaderBytes: maxHeaderBytes,
-		Protocols: protocols, HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: streamBytes, MaxReceiveBufferPerConnection: connectionBytes},
-	}
+	t.transport = relay.NewTransport(relay.TransportConfig{
+		Dial: t.dial, MaxIdle: concurrency,
+		HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: streamBytes, MaxReceiveBufferPerConnection: connectionBytes},
+	})
 	return t
 }
 
-// dial connects to where the Function accepted last, or else to the first place where it does. What a URL names is ignored.
-func (t *target) dial(ctx context.Context, network, _ string) (net.Conn, error) {
+// dial connects to where the Function accepted last, or else to the first place where it does.
+func (t *target) dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTime)
 	defer cancel()
 	dialer := net.Dialer{KeepAlive: -1} // it is the same machine
 	last := t.found.Load()
 	if last != nil {
-		if conn, err := dialer.DialContext(ctx, network, last.String()); err == nil {
+		if conn, err := dialer.DialContext(ctx, "tcp", last.String()); err == nil {
 			return conn, nil
 		}
 	}
 	var err error
 	for _, candidate := range t.candidates {
-		conn, failed := dialer.DialContext(ctx, network, candidate.String())
+		conn, failed := dialer.DialContext(ctx, "tcp", candidate.String())
 		if failed == nil {
 			t.ready() // before a request can find it
 			t.found.Store(&candidate)
@@ -94,7 +84,7 @@ func (t *target) await(ctx context.Context) {
 		if t.found.Load() != nil {
 			return
 		}
-		if conn, err := t.dial(ctx, "tcp", ""); err == nil {
+		if conn, err := t.dial(ctx); err == nil {
 			_ = conn.Close() // it was only asked
 			return
 		}
@@ -103,6 +93,5 @@ func (t *target) await(ctx context.Context) {
 }
 
 func (t *target) close() {
-	t.plain.CloseIdleConnections()
-	t.grpc.CloseIdleConnections()
+	t.transport.CloseIdleConnections()
 }
