@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -14,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hearth-serverless/hearth/internal/relay"
 )
 
 const (
@@ -49,7 +50,7 @@ func serve(ctx context.Context, l net.Listener, h http.Handler) error {
 		BaseContext:       func(net.Listener) context.Context { return base },
 	}
 	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(l) }()
+	go func() { failed <- server.Serve(relay.Listener(l)) }()
 	select {
 	case err := <-failed:
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
@@ -168,60 +169,39 @@ func removeStale(ctx context.Context, path string) error {
 // UnixClient returns a client whose every request goes to the socket, whatever host the URL names; by convention
 // "http://hearth". It sets no overall time-out: callers' contexts do.
 func UnixClient(path string) *http.Client {
-	transport := func(version func(*http.Protocols, bool)) *http.Transport {
-		protocols := new(http.Protocols)
-		version(protocols, true)
-		return &http.Transport{
-			Protocols: protocols,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", path)
-			},
-			HTTP2:               &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
-			MaxIdleConnsPerHost: maxIdleCalls,
-		}
+	dial := func(ctx context.Context) (net.Conn, error) {
+		return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", path)
 	}
-	return &http.Client{Transport: byKind{calls: transport((*http.Protocols).SetHTTP1), rest: transport((*http.Protocols).SetUnencryptedHTTP2)}}
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	return &http.Client{Transport: byKind{
+		calls: relay.NewTransport(relay.TransportConfig{Dial: dial, MaxIdle: maxIdleCalls, IdleTime: idleCallTime}),
+		rest: &http.Transport{
+			Protocols:   protocols,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+			HTTP2:       &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
+		},
+	}}
 }
 
-// maxIdleCalls is how many connections are kept for calls to come; more are made when they are needed.
-const maxIdleCalls = 64
+const (
+	maxIdleCalls = 64        // connections that are kept for calls to come; more are made when they are needed
+	idleCallTime = time.Hour // our servers close none
+)
 
-// byKind sends unary RPCs over connections of HTTP/1.1, one call at a time each: a request passes through half as many goroutines
-// there, on both sides, and a start is a chain of such calls. Streams, which may be silent for long, are HTTP/2's: it asks whether the
-// peer still lives.
-type byKind struct{ calls, rest *http.Transport }
+// byKind sends unary RPCs over connections of HTTP/1.1, one call at a time each, in the goroutine that makes the call: a start is a chain
+// of them. Streams, which may be silent for long, are HTTP/2's: it asks whether the peer still lives.
+type byKind struct {
+	calls *relay.Transport
+	rest  *http.Transport
+}
 
 // RoundTrip implements http.RoundTripper.
 func (t byKind) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.Header.Get("Content-Type") != "application/proto" { // as connect has it for unary calls
-		return t.rest.RoundTrip(r)
+	if r.Header.Get("Content-Type") == "application/proto" { // as connect has it for unary calls
+		return t.calls.RoundTrip(r)
 	}
-	if r.Body != nil && r.ContentLength > 0 && r.ContentLength <= maxWholeBytes {
-		whole, err := wholeBody(r)
-		if err != nil {
-			return nil, err
-		}
-		r = whole
-	}
-	return t.calls.RoundTrip(r)
-}
-
-// maxWholeBytes is up to where the body of a call is sent in one piece with its head.
-const maxWholeBytes = 64 << 10
-
-// wholeBody is the request with a body that net/http knows to be in memory. Of any other it sends the head first, by itself, so that the
-// other side is woken twice.
-func wholeBody(r *http.Request) (*http.Request, error) {
-	body := make([]byte, r.ContentLength)
-	_, err := io.ReadFull(r.Body, body)
-	if err := errors.Join(err, r.Body.Close()); err != nil {
-		return nil, fmt.Errorf("body of a call: %w", err)
-	}
-	text := string(body)
-	whole := r.WithContext(r.Context()) // a copy, for a RoundTripper leaves the request as it is
-	whole.Body = io.NopCloser(strings.NewReader(text))
-	whole.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(text)), nil }
-	return whole, nil
+	return t.rest.RoundTrip(r)
 }
 
 // CloseIdleConnections is what http.Client calls.

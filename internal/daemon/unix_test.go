@@ -1,19 +1,14 @@
 package daemon_test
 
 import (
-	"bufio"
 	"context"
 	"errors"
-	"io"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/hearth-serverless/hearth/internal/daemon"
 )
@@ -135,74 +130,3 @@ func TestServeUnixWith(t *testing.T) {
 type unstoppable struct{ cutOff }
 
 func (unstoppable) Stop() {}
-
-// firstRead says when its reader comes for the first time.
-type firstRead struct {
-	io.Reader
-	once func()
-}
-
-func (r *firstRead) Read(p []byte) (int, error) {
-	r.once()
-	return r.Reader.Read(p)
-}
-
-// TestCallIsOneWrite has a client send a call with a body that net/http does not know, as connect's is: when the body is read, no head
-// has been sent before it, as nobody has connected.
-func TestCallIsOneWrite(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "s")
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = l.Close() }()
-	raw, err := l.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	reading := make(chan struct{})
-	body := &firstRead{strings.NewReader("the body"), sync.OnceFunc(func() {
-		defer close(reading)
-		err := raw.Control(func(fd uintptr) {
-			if conn, _, err := unix.Accept4(int(fd), unix.SOCK_CLOEXEC); !errors.Is(err, unix.EAGAIN) {
-				_ = unix.Close(conn)
-				t.Errorf("when the body was read a client had connected (%v)", err)
-			}
-		})
-		if err != nil {
-			t.Error(err)
-		}
-	})}
-	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://hearth/call", body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.ContentLength = int64(len("the body"))
-	r.Header.Set("Content-Type", "application/proto")
-	came := make(chan string, 1)
-	go func() {
-		<-reading
-		conn, err := l.Accept()
-		if err != nil {
-			came <- err.Error()
-			return
-		}
-		defer func() { _ = conn.Close() }()
-		got, err := http.ReadRequest(bufio.NewReader(conn))
-		if err != nil {
-			came <- err.Error()
-			return
-		}
-		sent, _ := io.ReadAll(got.Body)
-		_, _ = io.WriteString(conn, "HTTP/1.1 204 No Content\r\n\r\n")
-		came <- string(sent)
-	}()
-	res, err := daemon.UnixClient(path).Do(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = res.Body.Close()
-	if got := <-came; got != "the body" {
-		t.Errorf("the body came as %q", got)
-	}
-}

@@ -12,7 +12,7 @@ import (
 // maxTransferBytes bounds one read or write, because nothing else runs on its thread meanwhile.
 const maxTransferBytes = 64 << 10
 
-// Conn is a TCP connection that reads and writes without telling Go's scheduler that a system call has begun. It may do so because its
+// Conn is a connection of TCP, or of a Unix socket, that reads and writes without telling Go's scheduler that a system call has begun. It may do so because its
 // socket does not block: who has to wait waits in the poller, as with any net.Conn, and deadlines and Close act as they do there.
 //
 // A system call that the scheduler knows of wakes its monitor thread, if the process has rested; the monitor then looks on every
@@ -20,12 +20,20 @@ const maxTransferBytes = 64 << 10
 // receiving there. For a hop that rests between any two packets that was more than half of its context switches and of its time
 // in the kernel.
 type Conn struct {
-	*net.TCPConn
+	Stream
 	raw syscall.RawConn
 }
 
+// Stream is what a Conn is made of: a *net.TCPConn or a *net.UnixConn of a stream.
+type Stream interface {
+	net.Conn
+	syscall.Conn
+	CloseRead() error
+	CloseWrite() error
+}
+
 // NewConn takes a connection over.
-func NewConn(c *net.TCPConn) (*Conn, error) {
+func NewConn(c Stream) (*Conn, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return nil, err
@@ -33,10 +41,10 @@ func NewConn(c *net.TCPConn) (*Conn, error) {
 	return &Conn{c, raw}, nil
 }
 
-// takeOver takes a connection over if it is one of TCP; any other remains what it is.
+// takeOver takes a connection over if it is a stream's; any other remains what it is.
 func takeOver(c net.Conn) net.Conn {
-	if t, ok := c.(*net.TCPConn); ok {
-		if conn, err := NewConn(t); err == nil {
+	if s, ok := c.(Stream); ok {
+		if conn, err := NewConn(s); err == nil {
 			return conn
 		}
 	}
@@ -101,7 +109,7 @@ func (c *Conn) fault(operation string, err error, failed syscall.Errno) error {
 	if err == nil {
 		return nil
 	}
-	return &net.OpError{Op: operation, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
+	return &net.OpError{Op: operation, Net: c.LocalAddr().Network(), Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
 }
 
 // transfer makes a system call that reads into b or writes of it, on a socket that does not block.
@@ -122,7 +130,7 @@ func transfer(call, fd uintptr, b []byte) (int, syscall.Errno) {
 // listener takes the connections of another over.
 type listener struct{ net.Listener }
 
-// Listener makes a listener's connections of TCP Conns.
+// Listener makes a listener's connections Conns.
 func Listener(l net.Listener) net.Listener { return listener{l} }
 
 // Accept implements net.Listener.

@@ -13,9 +13,9 @@ import (
 )
 
 const (
-	// idleTime is shorter than what servers commonly keep idle connections for (gunicorn 2 s, node 5 s), so that the server does
+	// shortIdleTime is shorter than what servers commonly keep idle connections for (gunicorn 2 s, node 5 s), so that the server does
 	// not close one just as a request goes out on it. A new one costs a tenth of a millisecond.
-	idleTime = 1500 * time.Millisecond
+	shortIdleTime = 1500 * time.Millisecond
 	// maxHeaderBytes bounds the header of an answer, those of its 1xx answers included.
 	maxHeaderBytes = 1 << 20
 	// maxInlineBytes bounds the body of a request that is sent with its header, by the goroutine that waits for the answer. It fits
@@ -31,7 +31,9 @@ type TransportConfig struct {
 	Dial        func(context.Context) (net.Conn, error)
 	MaxIdle     int // connections of HTTP/1.1
 	BufferBytes int // for reading from each of them
-	HTTP2       *http.HTTP2Config
+	// IdleTime is how long they are kept; 0 for a time that is shorter than that of common servers.
+	IdleTime time.Duration
+	HTTP2    *http.HTTP2Config
 }
 
 // Transport is an http.RoundTripper to one server, whatever a request's URL names. It sends gRPC over h2c, everything else over
@@ -59,18 +61,19 @@ type Transport struct {
 
 // NewTransport returns a Transport that has no connection yet.
 func NewTransport(c TransportConfig) *Transport {
+	c.IdleTime = cmp.Or(c.IdleTime, shortIdleTime)
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return c.dial(ctx) }
 	h2c := new(http.Protocols)
 	h2c.SetUnencryptedHTTP2(true)
 	return &Transport{
 		config: c,
 		plain: &http.Transport{
-			DialContext: dial, DisableCompression: true, MaxIdleConnsPerHost: c.MaxIdle, IdleConnTimeout: idleTime,
+			DialContext: dial, DisableCompression: true, MaxIdleConnsPerHost: c.MaxIdle, IdleConnTimeout: c.IdleTime,
 			ExpectContinueTimeout: continueTime, MaxResponseHeaderBytes: maxHeaderBytes,
 			WriteBufferSize: c.BufferBytes, ReadBufferSize: c.BufferBytes,
 		},
 		grpc: &http.Transport{
-			DialContext: dial, DisableCompression: true, IdleConnTimeout: idleTime, MaxResponseHeaderBytes: maxHeaderBytes,
+			DialContext: dial, DisableCompression: true, IdleConnTimeout: c.IdleTime, MaxResponseHeaderBytes: maxHeaderBytes,
 			Protocols: h2c, HTTP2: c.HTTP2,
 		},
 	}
@@ -127,7 +130,7 @@ func (t *Transport) CloseIdleConnections() {
 // connect gives a connection that is idle, or a new one.
 func (t *Transport) connect(ctx context.Context) (c *upstream, reused bool, err error) {
 	for c = t.take(); c != nil; c = t.take() {
-		if time.Since(c.idleAt) < idleTime && c.quiet() {
+		if time.Since(c.idleAt) < t.config.IdleTime && c.quiet() {
 			return c, true, nil
 		}
 		_ = c.Close() // its server has closed it, or has said something that nobody asked for
@@ -167,7 +170,7 @@ func (t *Transport) keep(c *upstream) {
 	if kept {
 		t.idle = append(t.idle, c)
 		if t.reaper == nil {
-			t.reaper = time.AfterFunc(idleTime, t.reap)
+			t.reaper = time.AfterFunc(t.config.IdleTime, t.reap)
 		}
 	}
 	t.mu.Unlock()
@@ -182,7 +185,7 @@ func (t *Transport) reap() {
 	t.mu.Lock()
 	var dead []*upstream
 	t.idle = slices.DeleteFunc(t.idle, func(c *upstream) bool {
-		old := now.Sub(c.idleAt) >= idleTime
+		old := now.Sub(c.idleAt) >= t.config.IdleTime
 		if old {
 			dead = append(dead, c)
 		}
@@ -190,7 +193,7 @@ func (t *Transport) reap() {
 	})
 	t.reaper = nil
 	if len(t.idle) > 0 {
-		t.reaper = time.AfterFunc(idleTime-now.Sub(t.idle[0].idleAt), t.reap)
+		t.reaper = time.AfterFunc(t.config.IdleTime-now.Sub(t.idle[0].idleAt), t.reap)
 	}
 	t.mu.Unlock()
 	drop(dead)
