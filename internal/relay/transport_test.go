@@ -188,15 +188,10 @@ func TestAnswers(t *testing.T) {
 					}
 				}
 			})
-			for n := range 2 {
+			for range 2 {
 				early := 0
 				trace := &httptrace.ClientTrace{
 					Got1xxResponse: func(int, textproto.MIMEHeader) error { early++; return nil },
-					GotConn: func(got httptrace.GotConnInfo) {
-						if want := n > 0 && c.reused; got.Reused != want {
-							t.Errorf("request %d: connection reused: %t", n, got.Reused)
-						}
-					},
 				}
 				r := request(t, c.method, map[bool]string{true: "body"}[c.method == "PUT"])
 				res, body, err := ask(transport, r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
@@ -292,6 +287,9 @@ func TestIdleConnectionsDie(t *testing.T) {
 			if (err == nil) != c.again || c.again && body != "hello" {
 				t.Errorf("%q %v", body, err)
 			}
+			if failed, _ := errors.AsType[*relay.Failure](err); !c.again && (failed == nil || !failed.Reused || !failed.Written) {
+				t.Errorf("its failure is %#v", failed)
+			}
 			if want := map[bool]int{true: 2, false: 1}[c.again]; s.connections() != want {
 				t.Errorf("%d connections", s.connections())
 			}
@@ -299,8 +297,14 @@ func TestIdleConnectionsDie(t *testing.T) {
 	}
 	// On a new connection a failure is one.
 	s, transport = start(t, func(_ int, p *peer) { _, _ = p.request() })
-	if _, _, err := ask(transport, request(t, "GET", "")); err == nil || s.connections() != 1 {
-		t.Errorf("%v, %d connections", err, s.connections())
+	for name, change := range map[string]func(*http.Request){"simple": func(*http.Request) {}, "net/http's": func(r *http.Request) { r.Header.Set("Upgrade", "x") }} {
+		before := s.connections()
+		r := request(t, "GET", "")
+		change(r)
+		_, _, err := ask(transport, r)
+		if failed, _ := errors.AsType[*relay.Failure](err); failed == nil || failed.Reused || !failed.Written || s.connections() != before+1 {
+			t.Errorf("%s: %#v, %d connections", name, failed, s.connections()-before)
+		}
 	}
 }
 

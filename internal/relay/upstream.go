@@ -60,9 +60,6 @@ func (t *Transport) exchange(r *http.Request) (*http.Response, error) {
 			closeBody(r)
 			return nil, err
 		}
-		if trace := httptrace.ContextClientTrace(r.Context()); trace != nil && trace.GotConn != nil {
-			trace.GotConn(httptrace.GotConnInfo{Conn: c.Conn, Reused: reused, WasIdle: reused})
-		}
 		if out == nil { // and not before: until its body is read, the request can go elsewhere
 			if out, _ = t.buffers.Get().(*bytes.Buffer); out == nil {
 				out = new(bytes.Buffer)
@@ -79,7 +76,7 @@ func (t *Transport) exchange(r *http.Request) (*http.Response, error) {
 		}
 		again := reused && !c.begun && (sent == 0 || repeatable(r))
 		if !again || r.Context().Err() != nil {
-			return nil, err
+			return nil, &Failure{err, reused, sent > 0}
 		}
 	}
 }
