@@ -168,7 +168,7 @@ func (t *Transport) connect(ctx context.Context) (c *upstream, reused bool, err 
 	if err != nil {
 		return nil, false, err
 	}
-	c = &upstream{Conn: raw}
+	c = &upstream{Conn: raw, idleAt: time.Now()}
 	c.in = bufio.NewReaderSize(source{c}, cmp.Or(t.config.BufferBytes, defaultBufferBytes))
 	return c, false, nil
 }

@@ -240,36 +240,6 @@ func TestGivenUp(t *testing.T) {
 	}
 }
 
-// A client that breaks off in its body has sent nothing to the server, whose connection stays as it was.
-func TestBrokenBody(t *testing.T) {
-	s, transport := start(t, func(_ int, p *peer) {
-		for r, _ := p.request(); r != nil; r, _ = p.request() {
-			if r.Method != "GET" {
-				t.Errorf("%s has come", r.Method)
-			}
-			p.say(ok)
-		}
-	})
-	broken := errors.New("broken")
-	for range 2 {
-		r := request(t, "POST", "")
-		r.Body, r.ContentLength = io.NopCloser(io.MultiReader(strings.NewReader("bo"), failing{broken})), 4
-		if res, _, err := ask(transport, r); err == nil {
-			t.Errorf("%v", res)
-		}
-		if _, body, err := ask(transport, request(t, "GET", "")); body != "hello" || err != nil {
-			t.Errorf("%q %v", body, err)
-		}
-	}
-	if s.connections() != 1 {
-		t.Errorf("%d connections", s.connections())
-	}
-}
-
-type failing struct{ err error }
-
-func (f failing) Read([]byte) (int, error) { return 0, f.err }
-
 // Idle connections are bounded in number and time.
 func TestIdleIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
