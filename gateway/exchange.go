@@ -149,8 +149,7 @@ func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	for attempts := 0; ; {
 		e := x.lease.endpoint
-		try := &attempt{}
-		out := r.WithContext(try.trace(r.Context()))
+		out := *r
 		target := *r.URL
 		target.Host = e.address
 		out.URL = &target
@@ -158,12 +157,12 @@ func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
 			out.Body = x.body
 		}
 		x.sent = time.Now()
-		res, err := e.transport.RoundTrip(out)
+		res, err := e.transport.RoundTrip(&out)
 		if err == nil {
 			return x.firstByte(res)
 		}
-		how := x.blame(r.Context(), try, err)
-		more := r.Context().Err() == nil && x.again(try, idempotent(r), err)
+		how := x.blame(r.Context(), err)
+		more := r.Context().Err() == nil && x.again(idempotent(r), err)
 		if how == none && !more {
 			return nil, err
 		}

@@ -3,11 +3,10 @@ package gateway
 import (
 	"context"
 	"errors"
-	"net/http/httptrace"
-	"sync/atomic"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/relay"
 )
 
 const (
@@ -39,20 +38,11 @@ const (
 
 func (f failure) String() string { return [...]string{"none", "refused", "reset", "late"}[f] }
 
-// attempt notes what became of one round trip on the way.
-type attempt struct{ reused, written atomic.Bool }
-
-func (a *attempt) trace(ctx context.Context) context.Context {
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn:      func(c httptrace.GotConnInfo) { a.reused.Store(c.Reused) },
-		WroteHeaders: func() { a.written.Store(true) },
-	})
-}
-
 // blame says how an Instance failed a round trip that ended with err.
-func (x *exchange) blame(ctx context.Context, a *attempt, err error) failure {
+func (x *exchange) blame(ctx context.Context, err error) failure {
 	var dial *dialError
 	isDial := errors.As(err, &dial)
+	at, _ := errors.AsType[*relay.Failure](err)
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errTooLate) && x.body.endedBy(x.arrived.Add(x.timeout)):
 		return late
@@ -62,7 +52,7 @@ func (x *exchange) blame(ctx context.Context, a *attempt, err error) failure {
 		return late
 	case isDial:
 		return refused
-	case a.reused.Load():
+	case at != nil && at.Reused:
 		return none
 	default:
 		return reset
@@ -70,7 +60,7 @@ func (x *exchange) blame(ctx context.Context, a *attempt, err error) failure {
 }
 
 // again says whether a request that failed may be sent to another Instance: nothing of it has been sent, or it may run twice.
-func (x *exchange) again(a *attempt, idempotent bool, err error) bool {
+func (x *exchange) again(idempotent bool, err error) bool {
 	var dial *dialError
 	if errors.As(err, &dial) {
 		return true
@@ -82,7 +72,8 @@ func (x *exchange) again(a *attempt, idempotent bool, err error) bool {
 	if x.broke = x.broke + 1; x.broke > 1 {
 		return false
 	}
-	return idempotent || !a.written.Load()
+	at, begun := errors.AsType[*relay.Failure](err)
+	return idempotent || !begun || !at.Written
 }
 
 // failed notes a failure, and says whether the endpoint is out of rotation because of it. Guarded by the function's mutex.

@@ -209,7 +209,7 @@ func (h *Hop) upgrade(w http.ResponseWriter, in *http.Request) {
 	reverse.ServeHTTP(w, in)
 }
 
-// early passes 1xx answers back until the round trip is over, which some other goroutine of a transport may miss.
+// early passes 1xx answers back, but for 100, until the round trip is over, which some other goroutine of a transport may miss.
 type early struct {
 	w     http.ResponseWriter
 	mu    sync.Mutex // guards ended, and w until then
@@ -217,6 +217,9 @@ type early struct {
 }
 
 func (e *early) answer(status int, header textproto.MIMEHeader) error {
+	if status == http.StatusContinue {
+		return nil // the server says so itself when the body is read, which may be now: the client would hear it twice
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.ended {

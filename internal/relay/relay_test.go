@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
+	"net/textproto"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -171,6 +173,40 @@ func TestStreams(t *testing.T) {
 				t.Errorf("%s: %q, %v", name, w.Body, recovered)
 			}
 		}
+	}
+}
+
+// 1xx answers are passed on, with their own headers alone, as they come; not 100, which is between two hops.
+func TestEarly(t *testing.T) {
+	front := httptest.NewServer(hop(roundTrip(func(out *http.Request) (*http.Response, error) {
+		trace := httptrace.ContextClientTrace(out.Context())
+		for _, status := range []int{100, 103, 102} {
+			if err := trace.Got1xxResponse(status, textproto.MIMEHeader{"Early": {"1"}}); err != nil {
+				return nil, err
+			}
+		}
+		return answer("body"), nil
+	})))
+	defer front.Close()
+	var got []int
+	ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{Got1xxResponse: func(status int, h textproto.MIMEHeader) error {
+		got = append(got, status)
+		if h.Get("Early") != "1" {
+			t.Errorf("%d: %v", status, h)
+		}
+		return nil
+	}})
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, front.URL, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := front.Client().Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = res.Body.Close() }()
+	if !slices.Equal(got, []int{103, 102}) || res.Header.Get("Early") != "" {
+		t.Errorf("%v, then %v", got, res.Header)
 	}
 }
 

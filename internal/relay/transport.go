@@ -6,9 +6,11 @@ import (
 	"context"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -45,8 +47,8 @@ type TransportConfig struct {
 // comes, Expect and trailers go net/http's way.
 //
 // Like net/http's, it sends a request a second time only if it went out on a connection that had been idle and that ended without a
-// byte of an answer, and if it was not written at all, or has no body and a method that may run twice. It tells httptrace's GotConn,
-// WroteHeaders and Got1xxResponse.
+// byte of an answer, and if it was not written at all, or has no body and a method that may run twice. Of httptrace it tells
+// Got1xxResponse. Its errors may be a Failure.
 type Transport struct {
 	config  TransportConfig
 	plain   *http.Transport // HTTP/1.1, what is not simple
@@ -97,13 +99,40 @@ func needsHTTP2(r *http.Request) bool {
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	switch {
 	case needsHTTP2(r):
-		return t.grpc.RoundTrip(r)
+		return roundTrip(t.grpc, r)
 	case simple(r):
 		return t.exchange(r)
 	default:
-		return t.plain.RoundTrip(r)
+		return roundTrip(t.plain, r)
 	}
 }
+
+// roundTrip makes net/http's.
+func roundTrip(t *http.Transport, r *http.Request) (*http.Response, error) {
+	var reused, written atomic.Bool
+	ctx := httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{
+		GotConn:      func(c httptrace.GotConnInfo) { reused.Store(c.Reused) },
+		WroteHeaders: func() { written.Store(true) },
+	})
+	res, err := t.RoundTrip(r.WithContext(ctx))
+	if err != nil {
+		return nil, &Failure{err, reused.Load(), written.Load()}
+	}
+	return res, nil
+}
+
+// Failure says how far a round trip came that has failed.
+type Failure struct {
+	Err     error
+	Reused  bool // its connection had been idle: the server may have closed it when it liked
+	Written bool // some of the request may have reached the server
+}
+
+// Error implements error.
+func (f *Failure) Error() string { return f.Err.Error() }
+
+// Unwrap gives Err.
+func (f *Failure) Unwrap() error { return f.Err }
 
 // simple says whether all of a request can be written before its answer is read.
 func simple(r *http.Request) bool {
@@ -142,7 +171,7 @@ func (t *Transport) connect(ctx context.Context) (c *upstream, reused bool, err 
 	if err != nil {
 		return nil, false, err
 	}
-	c = &upstream{Conn: raw}
+	c = &upstream{Conn: raw, idleAt: time.Now()}
 	c.in = bufio.NewReaderSize(source{c}, cmp.Or(t.config.BufferBytes, defaultBufferBytes))
 	return c, false, nil
 }

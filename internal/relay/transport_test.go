@@ -13,141 +13,12 @@ import (
 	"net/textproto"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/hearth-serverless/hearth/internal/relay"
 )
-
-// server is what a script makes of each connection; n counts them from 1.
-type server struct {
-	t      testing.TB
-	script func(n int, p *peer)
-	pipes  bool // in memory, for synctest
-
-	mu      sync.Mutex // guards what follows
-	dialed  []net.Conn // the client's ends
-	scripts sync.WaitGroup
-}
-
-// peer is the server's end of a connection.
-type peer struct {
-	net.Conn
-	in *bufio.Reader
-}
-
-// request reads one request and its body; it is nil when the connection has ended.
-func (p *peer) request() (*http.Request, string) {
-	r, err := http.ReadRequest(p.in)
-	if err != nil {
-		return nil, ""
-	}
-	body, err := io.ReadAll(r.Body)
-	if err != nil {
-		return nil, ""
-	}
-	return r, string(body)
-}
-
-func (p *peer) say(s string) { _, _ = io.WriteString(p.Conn, s) }
-
-// ended waits until the client has closed the connection.
-func (p *peer) ended() { _, _ = io.Copy(io.Discard, p.in) }
-
-func (s *server) dial(ctx context.Context) (ours net.Conn, err error) {
-	var theirs net.Conn
-	if s.pipes {
-		ours, theirs = net.Pipe()
-	} else {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer func() { _ = l.Close() }()
-		if ours, err = new(net.Dialer).DialContext(ctx, "tcp", l.Addr().String()); err != nil {
-			return nil, err
-		}
-		if theirs, err = l.Accept(); err != nil {
-			return nil, err
-		}
-		_ = theirs.SetDeadline(time.Now().Add(patience))
-	}
-	s.mu.Lock()
-	s.dialed = append(s.dialed, ours)
-	n := len(s.dialed)
-	s.mu.Unlock()
-	s.scripts.Go(func() {
-		defer func() { _ = theirs.Close() }()
-		s.script(n, &peer{theirs, bufio.NewReader(theirs)})
-	})
-	return ours, nil
-}
-
-func (s *server) connections() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.dialed)
-}
-
-// awaitClosed waits until the client's end of the n-th connection can see that the other has closed it.
-func (s *server) awaitClosed(n int) {
-	s.t.Helper()
-	s.mu.Lock()
-	raw, err := s.dialed[n-1].(*net.TCPConn).SyscallConn()
-	s.mu.Unlock()
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	for limit := time.Now().Add(patience); time.Now().Before(limit); time.Sleep(time.Millisecond) {
-		got, failed := -1, error(nil)
-		if err := raw.Control(func(fd uintptr) {
-			got, _, failed = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		}); err != nil {
-			s.t.Fatal(err)
-		}
-		if got == 0 && failed == nil {
-			return
-		}
-	}
-	s.t.Fatal("in vain: the connection is closed")
-}
-
-// start gives a transport to a server that does what script says.
-func start(t testing.TB, script func(n int, p *peer)) (*server, *relay.Transport) {
-	s := &server{t: t, script: script}
-	transport := relay.NewTransport(relay.TransportConfig{Dial: s.dial, MaxIdle: 2})
-	t.Cleanup(func() {
-		transport.CloseIdleConnections()
-		s.scripts.Wait()
-	})
-	return s, transport
-}
-
-func request(t testing.TB, method, body string) *http.Request {
-	t.Helper()
-	var from io.Reader
-	if body != "" {
-		from = strings.NewReader(body)
-	}
-	r, err := http.NewRequestWithContext(t.Context(), method, "http://server/path?q", from)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.GetBody = nil // requests that are passed on have none
-	return r
-}
-
-// ask makes a round trip and reads the answer.
-func ask(t *relay.Transport, r *http.Request) (res *http.Response, body string, err error) {
-	if res, err = t.RoundTrip(r); err != nil {
-		return nil, "", err
-	}
-	data, err := io.ReadAll(res.Body)
-	_ = res.Body.Close()
-	return res, string(data), err
-}
 
 const ok = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
@@ -188,15 +59,10 @@ func TestAnswers(t *testing.T) {
 					}
 				}
 			})
-			for n := range 2 {
+			for range 2 {
 				early := 0
 				trace := &httptrace.ClientTrace{
 					Got1xxResponse: func(int, textproto.MIMEHeader) error { early++; return nil },
-					GotConn: func(got httptrace.GotConnInfo) {
-						if want := n > 0 && c.reused; got.Reused != want {
-							t.Errorf("request %d: connection reused: %t", n, got.Reused)
-						}
-					},
 				}
 				r := request(t, c.method, map[bool]string{true: "body"}[c.method == "PUT"])
 				res, body, err := ask(transport, r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
@@ -292,6 +158,9 @@ func TestIdleConnectionsDie(t *testing.T) {
 			if (err == nil) != c.again || c.again && body != "hello" {
 				t.Errorf("%q %v", body, err)
 			}
+			if failed, _ := errors.AsType[*relay.Failure](err); !c.again && (failed == nil || !failed.Reused || !failed.Written) {
+				t.Errorf("its failure is %#v", failed)
+			}
 			if want := map[bool]int{true: 2, false: 1}[c.again]; s.connections() != want {
 				t.Errorf("%d connections", s.connections())
 			}
@@ -299,8 +168,14 @@ func TestIdleConnectionsDie(t *testing.T) {
 	}
 	// On a new connection a failure is one.
 	s, transport = start(t, func(_ int, p *peer) { _, _ = p.request() })
-	if _, _, err := ask(transport, request(t, "GET", "")); err == nil || s.connections() != 1 {
-		t.Errorf("%v, %d connections", err, s.connections())
+	for name, change := range map[string]func(*http.Request){"simple": func(*http.Request) {}, "net/http's": func(r *http.Request) { r.Header.Set("Upgrade", "x") }} {
+		before := s.connections()
+		r := request(t, "GET", "")
+		change(r)
+		_, _, err := ask(transport, r)
+		if failed, _ := errors.AsType[*relay.Failure](err); failed == nil || failed.Reused || !failed.Written || s.connections() != before+1 {
+			t.Errorf("%s: %#v, %d connections", name, failed, s.connections()-before)
+		}
 	}
 }
 
@@ -364,36 +239,6 @@ func TestGivenUp(t *testing.T) {
 		t.Errorf("%q %v", body, err)
 	}
 }
-
-// A client that breaks off in its body has sent nothing to the server, whose connection stays as it was.
-func TestBrokenBody(t *testing.T) {
-	s, transport := start(t, func(_ int, p *peer) {
-		for r, _ := p.request(); r != nil; r, _ = p.request() {
-			if r.Method != "GET" {
-				t.Errorf("%s has come", r.Method)
-			}
-			p.say(ok)
-		}
-	})
-	broken := errors.New("broken")
-	for range 2 {
-		r := request(t, "POST", "")
-		r.Body, r.ContentLength = io.NopCloser(io.MultiReader(strings.NewReader("bo"), failing{broken})), 4
-		if res, _, err := ask(transport, r); err == nil {
-			t.Errorf("%v", res)
-		}
-		if _, body, err := ask(transport, request(t, "GET", "")); body != "hello" || err != nil {
-			t.Errorf("%q %v", body, err)
-		}
-	}
-	if s.connections() != 1 {
-		t.Errorf("%d connections", s.connections())
-	}
-}
-
-type failing struct{ err error }
-
-func (f failing) Read([]byte) (int, error) { return 0, f.err }
 
 // Idle connections are bounded in number and time.
 func TestIdleIsBounded(t *testing.T) {

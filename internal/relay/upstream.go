@@ -22,10 +22,10 @@ var errHeaderTooLarge = fmt.Errorf("the header of the answer is over %d bytes", 
 type upstream struct {
 	net.Conn
 	in     *bufio.Reader // of a source
-	idleAt time.Time
-	header bool // a header is read, of which
-	left   int  // so many bytes may come
-	begun  bool // a byte of an answer has come
+	idleAt time.Time     // since when, or when it was made
+	header bool          // a header is read, of which
+	left   int           // so many bytes may come
+	begun  bool          // a byte of an answer has come
 }
 
 // source is what a connection is read from.
@@ -56,12 +56,12 @@ func (t *Transport) exchange(r *http.Request) (*http.Response, error) {
 	var out *bytes.Buffer
 	for {
 		c, reused, err := t.connect(r.Context())
-		if err != nil {
+		switch {
+		case err != nil && out != nil && r.Context().Err() == nil: // its body has been read: it must not look as if it could go elsewhere
+			return nil, &Failure{fmt.Errorf("once more: %v", err), true, false} //nolint:errorlint // therefore
+		case err != nil:
 			closeBody(r)
 			return nil, err
-		}
-		if trace := httptrace.ContextClientTrace(r.Context()); trace != nil && trace.GotConn != nil {
-			trace.GotConn(httptrace.GotConnInfo{Conn: c.Conn, Reused: reused, WasIdle: reused})
 		}
 		if out == nil { // and not before: until its body is read, the request can go elsewhere
 			if out, _ = t.buffers.Get().(*bytes.Buffer); out == nil {
@@ -72,6 +72,10 @@ func (t *Transport) exchange(r *http.Request) (*http.Response, error) {
 				t.keep(c) // nothing was sent on it
 				return nil, err
 			}
+			if time.Since(c.idleAt) >= idleTime { // its client has taken its time
+				_ = c.Close() // its server may do so at any moment
+				continue
+			}
 		}
 		res, sent, err := t.send(c, r, out.Bytes())
 		if err == nil {
@@ -79,7 +83,7 @@ func (t *Transport) exchange(r *http.Request) (*http.Response, error) {
 		}
 		again := reused && !c.begun && (sent == 0 || repeatable(r))
 		if !again || r.Context().Err() != nil {
-			return nil, err
+			return nil, &Failure{err, reused, sent > 0}
 		}
 	}
 }
