@@ -119,7 +119,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 
 // limitHeap has garbage give way before the node's memory does. What layers in flight take lies beside the heap, but for the names
 // of images in the making (package layer) and what is lent to decoders.
-func (o *options) limitHeap(lent int64) { debug.SetMemoryLimit(32<<20 + o.memory/8 + lent) }
+func (o *options) limitHeap(lent int64) { debug.SetMemoryLimit(20<<20 + o.memory/8 + lent) }
 
 func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
 	blobs, err := registry.New(registry.Config{
