@@ -35,7 +35,7 @@ type arena struct {
 	tokens    chan struct{}     // one for each block that nobody owns
 	admit     chan struct{}     // held while a layer collects its guaranteed tokens, so that two half-admitted layers cannot deadlock
 	borrow    chan struct{}     // held while a loan collects its tokens, likewise
-	lentBytes func(bytes int64) // told of lent, if it is set
+	lentBytes func(bytes int64) // told of lent
 
 	short atomic.Int32 // how many wait for tokens that they have to have; then nobody takes one that he can do without
 
@@ -60,6 +60,10 @@ type block struct {
 func newArena(bytes int64, lentBytes func(bytes int64)) *arena {
 	n := max(int(bytes/blockMemory), layerBlocks)
 	most := min(max(min(n*3/4, wideLoan), n*3/5), n-layerBlocks)
+	if lentBytes == nil {
+		lentBytes = func(int64) {}
+	}
+	lentBytes(0)
 	return &arena{
 		total: n, most: most, lentBytes: lentBytes,
 		seats: tokens((n - most) / layerBlocks), tokens: tokens(n), admit: tokens(1), borrow: tokens(1),

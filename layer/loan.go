@@ -14,6 +14,16 @@ const (
 	wideLoan = (32<<20 + decoderBytes + blockMemory - 1) / blockMemory
 )
 
+// enoughBytes is what four layers at once take, a window of 32 MiB beside them, and the decoders of many cores.
+const enoughBytes = 56 << 20
+
+// Share divides a node's memory for layers in flight: unpack is a Config's MemoryBytes, fetch is for what is fetched ahead, and what is
+// left for names. A small node halves it; where there is enough for unpacking, the rest keeps the link busy.
+func Share(memory int64) (unpack, fetch int64) {
+	unpack = min(memory/2, max(enoughBytes, memory*3/8))
+	return unpack, memory - unpack - unpack/4
+}
+
 // loan is memory for the decoder of a large frame, which lies in the garbage-collected heap: it is paid for with blocks of the
 // arena, which are not mapped meanwhile.
 //
@@ -51,9 +61,7 @@ func (a *arena) lend(ctx context.Context, bytes uint64) (*loan, error) {
 // count keeps lent, and tells of it. The caller holds mu.
 func (a *arena) count(n int) {
 	a.lent += n
-	if a.lentBytes != nil {
-		a.lentBytes(int64(a.lent) * blockMemory)
-	}
+	a.lentBytes(int64(a.lent) * blockMemory)
 }
 
 // again takes the idle loan that fits best, unless it is far too large.

@@ -58,8 +58,8 @@ type Config struct {
 	// frame that takes more than some two thirds is an ErrTooLarge. What comes on top is 1 MiB for each image in the making, and
 	// their names, which all together may take a quarter as much again before one is an ErrNoImage.
 	MemoryBytes int64
-	// Lent is told how many of these bytes are in the garbage-collected heap, when that changes: those of decoders are, blocks are
-	// not. It must not call back. Nil: nobody is told.
+	// Lent is told how many of these bytes are in the garbage-collected heap, at the start and when that changes: those of decoders
+	// are, blocks are not. It must not call back. Nil: nobody is told.
 	Lent       func(bytes int64)
 	Logger     *slog.Logger          // default: discard
 	Registerer prometheus.Registerer // nil: no metrics

@@ -68,7 +68,6 @@ func (o *options) flags(f *pflag.FlagSet) {
 }
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
-	o.limitHeap(0)
 	secrets, err := keychain.New(o.containerd, rt.Log)
 	if err != nil {
 		return err
@@ -117,18 +116,16 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	return group.Wait()
 }
 
-// limitHeap has garbage give way before the node's memory does. What layers in flight take lies beside the heap, but for the names
-// of images in the making (package layer) and what is lent to decoders.
-func (o *options) limitHeap(lent int64) { debug.SetMemoryLimit(20<<20 + o.memory/8 + lent) }
-
 func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
+	unpacked, fetched := layer.Share(o.memory)
+	limit := func(lent int64) { debug.SetMemoryLimit(20<<20 + o.memory/8 + lent) } // garbage gives way before the node's memory does
 	blobs, err := registry.New(registry.Config{
-		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: o.memory * 3 / 8, Logger: rt.Log, Registerer: rt.Registry,
+		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: fetched, Logger: rt.Log, Registerer: rt.Registry,
 	})
 	if err != nil {
 		return nil, nil, err
 	}
-	layers, err := layer.New(layer.Config{Limits: o.limits, MemoryBytes: o.memory / 2, Lent: o.limitHeap, Logger: rt.Log, Registerer: rt.Registry})
+	layers, err := layer.New(layer.Config{Limits: o.limits, MemoryBytes: unpacked, Lent: limit, Logger: rt.Log, Registerer: rt.Registry})
 	if err != nil {
 		return nil, nil, err
 	}
