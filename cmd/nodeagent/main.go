@@ -68,6 +68,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 }
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
+	debug.SetGCPercent(50) // a heap of little beside what layers take
 	secrets, err := keychain.New(o.containerd, rt.Log)
 	if err != nil {
 		return err
