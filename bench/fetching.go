@@ -121,7 +121,7 @@ func fetchOnly(ctx context.Context, address, repository string, layers []images.
 
 // fetchByClient fetches layers as nodeagent does, all at once, in the memory that it has for that.
 func fetchByClient(ctx context.Context, address, repository string, layers []images.Layer) (time.Duration, error) {
-	const memory = 48 << 20 // of nodeagent's 128 MiB
+	const memory = 58 << 20 // of nodeagent's 128 MiB
 	client, err := registry.New(registry.Config{MemoryBytes: memory})
 	if err != nil {
 		return 0, err

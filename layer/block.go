@@ -26,13 +26,24 @@ const (
 
 // arena owns the memory of all layers in flight: at most total blocks, mapped outside the garbage-collected heap so that they
 // count once and not twice against the memory of the process. A layer is admitted when its guaranteed blocks are free, and
-// borrows what else is free; so one layer alone is as fast as the budget allows, and many cannot block one another.
+// borrows what else is free; so one layer alone is as fast as the budget allows, and many cannot block one another. Decoders of
+// large frames are paid for with blocks that are not mapped meanwhile: see loan.
 type arena struct {
-	tokens chan struct{} // one for each block that nobody owns
-	admit  chan struct{} // held while a layer collects its guaranteed tokens, so that two half-admitted layers cannot deadlock
+	total     int
+	most      int               // blocks that a loan may have
+	seats     chan struct{}     // one for each layer that may be admitted; what they are sure of leaves room for one loan of most blocks
+	tokens    chan struct{}     // one for each block that nobody owns
+	admit     chan struct{}     // held while a layer collects its guaranteed tokens, so that two half-admitted layers cannot deadlock
+	borrow    chan struct{}     // held while a loan collects its tokens, likewise
+	lentBytes func(bytes int64) // told of lent
 
-	mu     sync.Mutex // guards free and layers
+	short atomic.Int32 // how many wait for tokens that they have to have; then nobody takes one that he can do without
+
+	mu     sync.Mutex // guards what follows; mapped blocks and lent ones are never more than total
 	free   []*block
+	mapped int
+	lent   int
+	idle   []*loan
 	layers int
 }
 
@@ -45,13 +56,26 @@ type block struct {
 	quota *quota
 }
 
-func newArena(bytes int64) *arena {
+// newArena makes an arena of so many bytes, or of as many as one layer needs. lentBytes may be nil.
+func newArena(bytes int64, lentBytes func(bytes int64)) *arena {
 	n := max(int(bytes/blockMemory), layerBlocks)
-	a := &arena{tokens: make(chan struct{}, n), admit: make(chan struct{}, 1)}
-	for range n {
-		a.tokens <- struct{}{}
+	most := min(max(min(n*3/4, wideLoan), n*3/5), n-layerBlocks)
+	if lentBytes == nil {
+		lentBytes = func(int64) {}
 	}
-	return a
+	lentBytes(0)
+	return &arena{
+		total: n, most: most, lentBytes: lentBytes,
+		seats: tokens((n - most) / layerBlocks), tokens: tokens(n), admit: tokens(1), borrow: tokens(1),
+	}
+}
+
+func tokens(n int) chan struct{} {
+	c := make(chan struct{}, n)
+	for range n {
+		c <- struct{}{}
+	}
+	return c
 }
 
 // quota is one layer's share of the arena.
@@ -60,61 +84,103 @@ type quota struct {
 	in    chan struct{}
 	own   chan struct{}
 
-	mu   sync.Mutex // guards live
-	live map[*block]struct{}
+	mu       sync.Mutex // guards what follows, and the tokens of live blocks
+	live     map[*block]struct{}
+	borrowed int // live blocks whose token is the arena's
 }
 
 // open admits a layer, waiting for its guaranteed blocks.
 func (a *arena) open(ctx context.Context) (*quota, error) {
-	select {
-	case a.admit <- struct{}{}:
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	if err := enter(ctx, a.seats); err != nil {
+		return nil, err
 	}
-	defer func() { <-a.admit }()
-	for i := range layerBlocks {
-		select {
-		case <-a.tokens:
-		case <-ctx.Done():
-			for range i {
-				a.tokens <- struct{}{}
-			}
-			return nil, ctx.Err()
-		}
+	if err := a.sure(ctx); err != nil {
+		a.seats <- struct{}{}
+		return nil, err
 	}
 	a.mu.Lock()
 	a.layers++
 	a.mu.Unlock()
+	return &quota{arena: a, in: tokens(inBlocks), own: tokens(ownBlocks), live: map[*block]struct{}{}}, nil
+}
 
-	q := &quota{arena: a, in: make(chan struct{}, inBlocks), own: make(chan struct{}, ownBlocks), live: map[*block]struct{}{}}
-	for range inBlocks {
-		q.in <- struct{}{}
+// sure collects the guaranteed tokens of a layer.
+func (a *arena) sure(ctx context.Context) error {
+	if err := enter(ctx, a.admit); err != nil {
+		return err
 	}
-	for range ownBlocks {
-		q.own <- struct{}{}
+	defer func() { a.admit <- struct{}{} }()
+	return a.collect(ctx, layerBlocks)
+}
+
+// enter takes one of c.
+func enter(ctx context.Context, c <-chan struct{}) error {
+	select {
+	case <-c:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
-	return q, nil
+}
+
+// collect takes n tokens, or none. What others can do without gives way.
+func (a *arena) collect(ctx context.Context, n int) error {
+	for i := range n {
+		select {
+		case <-a.tokens:
+			continue
+		default:
+		}
+		a.short.Add(1)
+		a.dropIdle()
+		err := enter(ctx, a.tokens)
+		a.short.Add(-1)
+		if err != nil {
+			for range i {
+				a.tokens <- struct{}{}
+			}
+			return err
+		}
+	}
+	return nil
 }
 
 // close takes back every block of the layer, also those that a failed stage left behind; no stage may run any more. With the
 // last layer gone the memory goes back to the system.
 func (q *quota) close() {
 	for b := range q.live {
-		b.token <- struct{}{}
 		q.arena.put(b)
+		b.token <- struct{}{}
 	}
 	q.live = nil
 	for range layerBlocks {
 		q.arena.tokens <- struct{}{}
 	}
-	a := q.arena
+	q.arena.left()
+	q.arena.seats <- struct{}{}
+}
+
+func (a *arena) left() {
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.layers--; a.layers == 0 {
-		for _, b := range a.free {
-			_ = unix.Munmap(b.mem)
-		}
-		a.free = nil
+	a.layers--
+	last := a.layers == 0
+	if last {
+		a.unmap(0)
+	}
+	a.mu.Unlock()
+	if last {
+		a.dropIdle()
+	}
+}
+
+// unmap keeps so many free blocks at most. The caller holds mu.
+func (a *arena) unmap(keep int) {
+	for len(a.free) > keep {
+		last := len(a.free) - 1
+		_ = unix.Munmap(a.free[last].mem)
+		a.free[last] = nil
+		a.free = a.free[:last]
+		a.mapped--
 	}
 }
 
@@ -143,10 +209,14 @@ func (q *quota) outputToken(ctx context.Context) (chan<- struct{}, error) {
 		return q.own, nil
 	default:
 	}
+	shared := q.arena.tokens
+	if q.arena.short.Load() > 0 {
+		shared = nil
+	}
 	select {
 	case <-q.own:
 		return q.own, nil
-	case <-q.arena.tokens:
+	case <-shared:
 		return q.arena.tokens, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
@@ -161,6 +231,7 @@ func (q *quota) promote(ctx context.Context, b *block) error {
 	}
 	q.mu.Lock()
 	b.token, token = token, b.token
+	q.count(b, 1)
 	q.mu.Unlock()
 	token <- struct{}{}
 	return nil
@@ -176,8 +247,16 @@ func (q *quota) block(token chan<- struct{}) (*block, error) {
 	b.refs.Store(1)
 	q.mu.Lock()
 	q.live[b] = struct{}{}
+	q.count(b, 1)
 	q.mu.Unlock()
 	return b, nil
+}
+
+// count keeps borrowed. The caller holds mu.
+func (q *quota) count(b *block, n int) {
+	if b.token == q.arena.tokens {
+		q.borrowed += n
+	}
 }
 
 func (b *block) retain(n int32) { b.refs.Add(n) }
@@ -189,10 +268,27 @@ func (b *block) release() {
 	q := b.quota
 	q.mu.Lock()
 	delete(q.live, b)
-	token := b.token
+	q.count(b, -1)
+	token := q.returned(b)
 	q.mu.Unlock()
 	q.arena.put(b)
 	token <- struct{}{}
+}
+
+// returned is where the token of a block goes that is not needed any more: as long as the layer borrows, what it gives back is
+// borrowed, so that one that waits holds nothing that others may wait for. The caller holds mu.
+func (q *quota) returned(b *block) chan<- struct{} {
+	if b.token != q.own || q.borrowed == 0 {
+		return b.token
+	}
+	for other := range q.live {
+		if other.token == q.arena.tokens {
+			other.token = q.own
+			q.borrowed--
+			return q.arena.tokens
+		}
+	}
+	return b.token
 }
 
 func (a *arena) get() (*block, error) {
@@ -203,9 +299,13 @@ func (a *arena) get() (*block, error) {
 		a.mu.Unlock()
 		return b, nil
 	}
+	a.mapped++
 	a.mu.Unlock()
 	mem, err := unix.Mmap(-1, 0, blockMemory, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
+		a.mu.Lock()
+		a.mapped--
+		a.mu.Unlock()
 		return nil, fmt.Errorf("map a block: %w", err)
 	}
 	return &block{mem: mem}, nil

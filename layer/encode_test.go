@@ -137,7 +137,7 @@ func (w *failingWriter) Write(p []byte) (int, error) {
 
 func TestDecompress(t *testing.T) {
 	tarball := someTar(t)
-	u := newUnpacker(t, layer.Config{MemoryBytes: 4 << 20})
+	u := newUnpacker(t, layer.Config{MemoryBytes: 16 << 20})
 	for _, format := range []layer.Format{layer.Tar, layer.Gzip, layer.Zstd, layer.LZ4} {
 		blob := compress(t, format, tarball)
 		var out bytes.Buffer
@@ -159,7 +159,6 @@ func TestDecompress(t *testing.T) {
 // TestForeignFrames decompresses frames that are not our Encoder's: with and without a size, small, large, with checksums.
 func TestForeignFrames(t *testing.T) {
 	tarball := makeTar(t, file("noise", string(mixed(2<<20))), file("text", strings.Repeat("some text ", 200_000)))
-	u := newUnpacker(t, layer.Config{MemoryBytes: 4 << 20}) // next to nothing: a block that is held too long stops it
 	zstdAll := func(size int, opts ...zstd.EOption) []byte {
 		z, err := zstd.NewWriter(nil, opts...)
 		if err != nil {
@@ -223,6 +222,14 @@ func TestForeignFrames(t *testing.T) {
 	}
 	for name, blob := range blobs {
 		t.Run(name, func(t *testing.T) {
+			u := newUnpacker(t, layer.Config{MemoryBytes: 4 << 20}) // next to nothing: a block that is held too long stops it
+			for memory := int64(8 << 20); memory <= 32<<20; memory *= 2 {
+				_, err := u.Decompress(t.Context(), bytes.NewReader(blob), specOf(blob, tarball), io.Discard)
+				if !errors.Is(err, layer.ErrTooLarge) {
+					break
+				}
+				u = newUnpacker(t, layer.Config{MemoryBytes: memory})
+			}
 			for _, src := range []io.Reader{bytes.NewReader(blob), iotest.HalfReader(bytes.NewReader(blob))} {
 				var out bytes.Buffer
 				if _, err := u.Decompress(t.Context(), src, specOf(blob, tarball), &out); err != nil || !bytes.Equal(out.Bytes(), tarball) {
@@ -337,11 +344,16 @@ func FuzzFrames(f *testing.F) {
 	f.Add(compressLZ4(f, small, lz4.SizeOption(5000), lz4.BlockChecksumOption(true)))
 	f.Add([]byte{0x28, 0xb5, 0x2f, 0xfd, 0x20, 0x05, 0x2b, 0x00, 0x10, 'x'}) // a repeated block longer than its frame
 	f.Add([]byte{0x5e, 0x2a, 0x4d, 0x18, 0xff, 0xff, 0xff, 0xff})
+	large := bytes.Repeat([]byte("large"), 200_000)
+	f.Add(append(windowed(f, large, 1<<20), compress(f, layer.Zstd, small)...))
+	f.Add(windowed(f, large, 128<<20))
+	f.Add(append(compressLZ4(f, large, lz4.BlockChecksumOption(true)), compressLZ4(f, small, lz4.SizeOption(5000))...))
+	f.Add(compressLZ4(f, large, lz4.LegacyOption(true)))
 	u := newUnpacker(f, layer.Config{Limits: layer.Limits{MaxBytes: 8 << 20}})
 	f.Fuzz(func(t *testing.T, blob []byte) {
 		spec := specOf(blob, blob)
 		for _, spec.Indexed = range []bool{false, true} {
-			if _, err := u.Decompress(t.Context(), bytes.NewReader(blob), spec, io.Discard); err != nil && !errors.Is(err, layer.ErrCorrupt) {
+			if _, err := u.Decompress(t.Context(), bytes.NewReader(blob), spec, io.Discard); err != nil && !errors.Is(err, layer.ErrCorrupt) && !errors.Is(err, layer.ErrTooLarge) {
 				t.Error(err)
 			}
 		}

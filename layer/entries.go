@@ -180,8 +180,10 @@ func (x *extractor) regular(d *dir, m meta, e *entry) error {
 	if e.Size > blockSize {
 		return x.large(f, e.Size)
 	}
-	// All blocks but the last are full, so that it lies in two of them at most.
 	for i, left := 0, e.Size; left > 0; i++ {
+		if i == len(f.parts) { // blocks are not full where frames of zstd or LZ4 are small
+			return x.large(f, left)
+		}
 		data, b, err := x.r.take(left)
 		if err != nil {
 			return short(err)

@@ -16,6 +16,9 @@ var ErrCorrupt = errors.New("corrupt layer")
 // it may lead to a file of theirs.
 var ErrUnsupported = errors.New("layer that needs the layers below it")
 
+// ErrTooLarge is a layer whose decoder would take more memory than layers have: a window that `zstd --long` makes. Others may have it.
+var ErrTooLarge = errors.New("layer that takes too much memory to decode")
+
 // ErrNoImage is a layer that cannot be an EROFS image, though it may be a directory: it has more names than there is memory for,
 // or attributes that the format has no room for.
 var ErrNoImage = errors.New("layer that cannot be an image")

@@ -25,6 +25,14 @@ func ParseIndex(payload []byte) (int, error) {
 	return len(entries), err
 }
 
+// Memory tells how much is mapped for blocks, how much is lent to decoders, and how much both may be.
+func (u *Unpacker) Memory() (mapped, lent, most int64) {
+	a := u.arena
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return int64(a.mapped) * blockMemory, int64(a.lent) * blockMemory, int64(a.total) * blockMemory
+}
+
 // DecodeOnly decompresses a blob without hashing it.
 func (u *Unpacker) DecodeOnly(ctx context.Context, src io.Reader) error {
 	q, err := u.arena.open(ctx)

@@ -258,7 +258,7 @@ func openFiles(t testing.TB) int {
 func TestManyLayersShareLittleMemory(t *testing.T) {
 	tarball := someTar(t)
 	reg := prometheus.NewRegistry()
-	u := newUnpacker(t, layer.Config{MemoryBytes: 8 << 20, Registerer: reg})
+	u := newUnpacker(t, layer.Config{MemoryBytes: 16 << 20, Registerer: reg})
 	where := shm(t)
 	var g errgroup.Group
 	for i := range 12 {

@@ -11,8 +11,11 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// maxFrameDecoders bounds the decoders of an Unpacker, each of which keeps about a mebibyte.
-const maxFrameDecoders = 16
+const (
+	// maxFrameDecoders bounds the decoders of an Unpacker, and frameDecoderBytes is what each of them keeps.
+	maxFrameDecoders  = 16
+	frameDecoderBytes = 1 << 20
+)
 
 // frameDecoder decodes units. It is used by one goroutine at a time.
 type frameDecoder struct {
@@ -32,7 +35,7 @@ func (d *frameDecoder) decode(f format, u *unit, dst []byte) (int, error) {
 	}
 	if d.zstd == nil {
 		var err error
-		d.zstd, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow),
+		d.zstd, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 			zstd.WithDecodeAllCapLimit(true), zstd.IgnoreChecksum(true))
 		if err != nil {
 			return 0, err
@@ -82,7 +85,7 @@ type task struct {
 // decoded side by side, by as many decoders as there are cores for all layers; another hands the results on in order. A
 // block is taken for each unit before its turn, in the stream's order: so the next one to be handed on always has its memory.
 //
-// A frame that does not fit a block is decoded as a stream, together with all that follows.
+// A frame that does not fit a block is decoded as a stream, by the goroutine that cuts, in memory that is taken for it.
 type frameStage struct {
 	p     *pipeline
 	g     *errgroup.Group
@@ -121,11 +124,14 @@ func (s *frameStage) cut(ctx context.Context) error {
 			close(s.ready)
 			return nil
 		case err == errLarge:
-			return s.stream(ctx, split.remaining())
+			if ok, err := s.stream(ctx, split); !ok {
+				return err
+			}
+			continue
 		case err != nil && ctx.Err() != nil:
 			return ctx.Err()
 		case err != nil:
-			return s.put(ctx, failedTask(err))
+			return s.fail(ctx, err)
 		}
 		t, err := s.task(ctx)
 		if err != nil {
@@ -145,10 +151,11 @@ func (s *frameStage) task(ctx context.Context) (*task, error) {
 	return &task{block: b, done: make(chan struct{})}, err
 }
 
-func failedTask(err error) *task {
+// fail ends the stream with an error, once all that was made before it has been handed on.
+func (s *frameStage) fail(ctx context.Context, err error) error {
 	t := &task{err: err, done: make(chan struct{})}
 	close(t.done)
-	return t
+	return s.put(ctx, t)
 }
 
 func (s *frameStage) put(ctx context.Context, t *task) error {
@@ -179,30 +186,40 @@ func (s *frameStage) decode(ctx context.Context, u *unit, t *task) error {
 	return nil
 }
 
-// stream decodes the rest of the blob as one stream.
-func (s *frameStage) stream(ctx context.Context, src io.Reader) error {
-	dec, err := newStreamDecoder(s.p.format, src)
+// stream decodes a large frame. It is false if nothing can come behind it.
+func (s *frameStage) stream(ctx context.Context, split *splitter) (ok bool, err error) {
+	frame, err := split.large()
 	if err != nil {
-		return s.put(ctx, failedTask(err))
+		return false, s.fail(ctx, err)
 	}
-	defer dec.close()
+	s.clock.pause()
+	l, err := s.p.u.arena.lend(ctx, frame.memory)
+	s.clock.resume()
+	if err != nil {
+		return false, err
+	}
+	defer s.p.u.arena.repay(l)
+	dec, err := frame.open(l)
+	if err != nil {
+		return false, s.fail(ctx, err)
+	}
+	defer dec.end()
 	for {
 		t, err := s.task(ctx)
 		if err != nil {
-			return err
+			return false, err
 		}
 		t.n, t.err = dec.decode(t.block)
 		close(t.done)
 		switch {
 		case t.err == io.EOF:
 			t.block.release()
-			close(s.ready)
-			return nil
+			return true, nil
 		case t.err != nil && ctx.Err() != nil:
-			return ctx.Err()
+			return false, ctx.Err()
 		}
 		if err := s.put(ctx, t); err != nil || t.err != nil {
-			return err
+			return false, err
 		}
 	}
 }

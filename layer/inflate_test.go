@@ -15,7 +15,7 @@ import (
 // inflateAll decodes raw deflate data that arrives in pieces, into pieces of about room bytes.
 func inflateAll(data []byte, pieces func() int, room int) ([]byte, error) {
 	var blocks []*block
-	q := &quota{arena: newArena(0), live: map[*block]struct{}{}}
+	q := &quota{arena: newArena(0, nil), live: map[*block]struct{}{}}
 	for rest := data; len(rest) > 0; {
 		n := min(max(pieces(), 1), len(rest))
 		b := &block{data: bytes.Clone(rest[:n]), quota: q, token: make(chan struct{}, 1)}

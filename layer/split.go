@@ -20,7 +20,7 @@ const (
 	lz4Stored    = 1 << 31 // the block is not compressed
 )
 
-// errLarge says that a frame does not fit a unit: the rest of the stream is decoded as one.
+// errLarge says that a frame does not fit a unit: it is decoded as a stream.
 var errLarge = errors.New("frame is larger than a block")
 
 // run is a piece of a stream, uncopied: each part holds a reference to its block.
@@ -96,8 +96,8 @@ type splitter struct {
 	flushed bool // the stream is at its end, and the last unit was given out
 }
 
-// next gives the next unit, whose parts the caller releases. io.EOF is the end. After errLarge, remaining is the stream from the
-// frame that is too large.
+// next gives the next unit, whose parts the caller releases. io.EOF is the end. After errLarge, large gives the frame that is too
+// large.
 func (s *splitter) next() (*unit, error) {
 	for !s.flushed {
 		err := s.walk()
@@ -141,14 +141,15 @@ func (s *splitter) keep() {
 	s.frame = unit{}
 }
 
-// remaining reads the stream from the frame that was being walked.
-func (s *splitter) remaining() io.Reader {
-	head := make([]byte, 0, s.frame.size)
+// large gives the frame that was being walked. next goes on behind it, when it has been read to its end.
+func (s *splitter) large() (*largeFrame, error) {
+	begin := make([]byte, 0, s.frame.size)
 	for _, p := range s.frame.parts {
-		head = append(head, p.block.data[p.from:p.to]...)
+		begin = append(begin, p.block.data[p.from:p.to]...)
 	}
 	s.frame.release()
-	return io.MultiReader(bytes.NewReader(head), s.in)
+	s.frame = unit{}
+	return newLargeFrame(s.format, begin, io.MultiReader(bytes.NewReader(begin), s.in))
 }
 
 // walk reads one frame into s.frame. It skips frames that are to be skipped.
@@ -296,14 +297,10 @@ func (s *splitter) walkZstdBlocks(sizeKnown bool) (blocks int, err error) {
 		if err := s.grab(h[:], len(h)); err != nil {
 			return 0, err
 		}
-		head := uint32(h[0]) | uint32(h[1])<<8 | uint32(h[2])<<16
-		last = head&1 != 0
-		size := int(head >> 3)
-		if size > maxZstdBlock || head>>1&3 == 3 {
-			return 0, fmt.Errorf("block header %#06x is not zstd's", head)
-		}
-		if head>>1&3 == 1 {
-			size = 1 // repeated
+		var size int
+		var err error
+		if last, size, err = zstdBlock(h[:]); err != nil {
+			return 0, err
 		}
 		blocks++
 		if !sizeKnown && blocks > blockSize/maxZstdBlock || s.frame.size+size > unitBytes {
@@ -314,6 +311,19 @@ func (s *splitter) walkZstdBlocks(sizeKnown bool) (blocks int, err error) {
 		}
 	}
 	return blocks, nil
+}
+
+// zstdBlock reads a block's header: whether it is a frame's last, and how many bytes are behind it.
+func zstdBlock(h []byte) (last bool, size int, err error) {
+	head := uint32(h[0]) | uint32(h[1])<<8 | uint32(h[2])<<16
+	size = int(head >> 3)
+	if size > maxZstdBlock || head>>1&3 == 3 {
+		return false, 0, fmt.Errorf("block header %#06x is not zstd's", head)
+	}
+	if head>>1&3 == 1 {
+		size = 1 // repeated
+	}
+	return head&1 != 0, size, nil
 }
 
 // walkLZ4 reads a frame behind its magic number. Only a frame that says its size, and whose blocks are independent, is a unit.

@@ -53,13 +53,16 @@ type Config struct {
 	Limits Limits
 	// Writers is how many files of a layer are written at the same time; default: the cores, from 2 to 8.
 	Writers int
-	// MemoryBytes bounds the blocks of all layers in flight together; default 64 MiB. A layer waits until its guaranteed share
-	// (3.8 MiB) is free. The state of the decompressors comes on top: little for gzip, a mebibyte a core for frames of zstd and LZ4
-	// that fit a block, a window of at most 128 MiB for larger ones of zstd; and for images 1 MiB each, and their names, which all
-	// together may take a quarter as much again before one is an ErrNoImage.
+	// MemoryBytes bounds the blocks and decoders of all layers in flight together; default 64 MiB. A layer waits until its guaranteed
+	// share (3.8 MiB) is free. The window of a large zstd frame, and a mebibyte with it, is part of it, and so is LZ4's block, twice: a
+	// frame that takes more than some two thirds is an ErrTooLarge. What comes on top is 1 MiB for each image in the making, and
+	// their names, which all together may take a quarter as much again before one is an ErrNoImage.
 	MemoryBytes int64
-	Logger      *slog.Logger          // default: discard
-	Registerer  prometheus.Registerer // nil: no metrics
+	// Lent is told how many of these bytes are in the garbage-collected heap, at the start and when that changes: those of decoders
+	// are, blocks are not. It must not call back. Nil: nobody is told.
+	Lent       func(bytes int64)
+	Logger     *slog.Logger          // default: discard
+	Registerer prometheus.Registerer // nil: no metrics
 }
 
 // Spec names a layer and what its bytes must be.
@@ -122,7 +125,7 @@ func New(cfg Config) (*Unpacker, error) {
 	if err != nil {
 		return nil, fmt.Errorf("register layer metrics: %w", err)
 	}
-	decoders := make(chan *frameDecoder, min(runtime.GOMAXPROCS(0), maxFrameDecoders))
+	decoders := make(chan *frameDecoder, max(min(int64(runtime.GOMAXPROCS(0)), maxFrameDecoders, memory/8/frameDecoderBytes), 1))
 	for range cap(decoders) {
 		decoders <- &frameDecoder{}
 	}
@@ -133,7 +136,7 @@ func New(cfg Config) (*Unpacker, error) {
 			MaxEntries: cmp.Or(cfg.Limits.MaxEntries, defaultMaxEntries),
 		},
 		writers:    cmp.Or(cfg.Writers, min(max(runtime.GOMAXPROCS(0), 2), 8)),
-		arena:      newArena(memory),
+		arena:      newArena(memory-int64(cap(decoders))*frameDecoderBytes, cfg.Lent),
 		namesBytes: memory / 4,
 		decoders:   decoders,
 		log:        cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler)),

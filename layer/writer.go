@@ -14,7 +14,7 @@ type file struct {
 	dir   *dir
 	base  string
 	meta  meta
-	parts [2]chunk
+	parts [2]chunk // the beginning, or all of it
 }
 
 // chunk is a piece of a file's content with a reference to the block it lies in.

@@ -94,7 +94,7 @@ func (c *Client) OpenRange(ctx context.Context, ref string, l Layer, off, length
 	}
 	b.read.Store(off)
 	b.wide.Store(2 * startParallel)
-	c.budget.open.Add(1)
+	c.budget.enter()
 	b.tasks.Go(func() { b.run(ctx) })
 	b.tasks.Go(func() { b.hedgeLate(ctx) })
 	return &reader{blob: b, off: off}, nil

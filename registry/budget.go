@@ -2,8 +2,11 @@ package registry
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -16,13 +19,18 @@ const (
 )
 
 // budget is the memory of all open blobs: a fixed number of tokens, each the
-// right to one block, and pools that reuse the blocks themselves.
+// right to one block. Blocks are mapped outside of the garbage-collected heap,
+// where the collector would let as much garbage stand beside them; they are
+// used again as long as a blob is open, and then go back to the system.
 type budget struct {
-	blockBytes     int
-	tokens         chan struct{}
-	pool, reserves sync.Pool
-	inUse          atomic.Int64 // bytes
-	open           atomic.Int64 // blobs
+	blockBytes int
+	tokens     chan struct{}
+	reserves   sync.Pool
+	inUse      atomic.Int64 // bytes
+	open       atomic.Int64 // blobs
+
+	mu   sync.Mutex // guards free, and that open is 0
+	free []*block
 }
 
 // block is a piece of a blob on its way to the reader. Whoever holds it gives
@@ -37,7 +45,6 @@ type block struct {
 func newBudget(memory int64, blockBytes int) *budget {
 	n := max(int(memory/int64(blockBytes)), 1)
 	b := &budget{blockBytes: blockBytes, tokens: newTokens(n)}
-	b.pool.New = func() any { return &block{buf: make([]byte, blockBytes)} }
 	b.reserves.New = func() any { return &block{buf: make([]byte, min(blockBytes, maxReserveBytes))} }
 	return b
 }
@@ -55,13 +62,29 @@ func (b *budget) share() int64 {
 	return int64(cap(b.tokens)) * int64(b.blockBytes) / max(b.open.Load(), 1)
 }
 
+// enter counts a blob that is open, and leave one that is not any more and has
+// given all of its blocks back.
+func (b *budget) enter() { b.open.Add(1) }
+
+func (b *budget) leave() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.open.Add(-1) > 0 {
+		return
+	}
+	for _, blk := range b.free {
+		_ = unix.Munmap(blk.buf)
+	}
+	b.free = nil
+}
+
 // tryTake returns a shared block if there is one, or else nil.
-func (b *budget) tryTake() *block {
+func (b *budget) tryTake() (*block, error) {
 	select {
 	case <-b.tokens:
-		return b.get(b.tokens)
+		return b.shared()
 	default:
-		return nil
+		return nil, nil
 	}
 }
 
@@ -72,9 +95,9 @@ func (b *budget) take(ctx context.Context, head <-chan struct{}, reserve chan st
 	for {
 		select {
 		case <-b.tokens:
-			return b.get(b.tokens), nil
+			return b.shared()
 		case <-own:
-			return b.get(reserve), nil
+			return b.lend(b.reserves.Get().(*block), reserve), nil
 		case <-head:
 			head, own = nil, reserve
 		case <-ctx.Done():
@@ -83,12 +106,26 @@ func (b *budget) take(ctx context.Context, head <-chan struct{}, reserve chan st
 	}
 }
 
-func (b *budget) get(owner chan struct{}) *block {
-	pool := &b.pool
-	if owner != b.tokens {
-		pool = &b.reserves
+// shared gives out a block for a token that was taken.
+func (b *budget) shared() (*block, error) {
+	b.mu.Lock()
+	var blk *block
+	if n := len(b.free); n > 0 {
+		blk, b.free = b.free[n-1], b.free[:n-1]
 	}
-	blk := pool.Get().(*block)
+	b.mu.Unlock()
+	if blk == nil {
+		buf, err := unix.Mmap(-1, 0, b.blockBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+		if err != nil {
+			b.tokens <- struct{}{}
+			return nil, fmt.Errorf("map memory for a range: %w", err)
+		}
+		blk = &block{buf: buf}
+	}
+	return b.lend(blk, b.tokens), nil
+}
+
+func (b *budget) lend(blk *block, owner chan struct{}) *block {
 	blk.skip, blk.n, blk.owner = 0, 0, owner
 	b.inUse.Add(int64(len(blk.buf)))
 	return blk
@@ -103,7 +140,9 @@ func (b *budget) give(blk *block) {
 	blk.owner = nil
 	b.inUse.Add(-int64(len(blk.buf)))
 	if owner == b.tokens {
-		b.pool.Put(blk)
+		b.mu.Lock()
+		b.free = append(b.free, blk)
+		b.mu.Unlock()
 	} else {
 		b.reserves.Put(blk)
 	}

@@ -269,8 +269,8 @@ func (b *blob) needBlock(ctx context.Context, at *cursor) (err error) {
 	if at.blk != nil {
 		return nil
 	}
-	if at.blk = budget.tryTake(); at.blk != nil {
-		return nil
+	if at.blk, err = budget.tryTake(); at.blk != nil || err != nil {
+		return err
 	}
 	defer at.pause()()
 	at.blk, err = budget.take(ctx, at.span.head, b.reserve)

@@ -75,11 +75,11 @@ func (r *reader) Close() error {
 	if r.err == nil {
 		r.err = fmt.Errorf("read layer %s: %w", r.blob.layer.Digest, io.ErrClosedPipe)
 	}
+	r.release()
 	if !r.closed {
 		r.closed = true
-		r.blob.repo.client.budget.open.Add(-1)
+		r.blob.repo.client.budget.leave()
 	}
-	r.release()
 	return nil
 }
 

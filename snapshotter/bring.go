@@ -142,6 +142,8 @@ func classify(err error, reason string) error {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	case errors.Is(err, layer.ErrUnsupported):
 		return &fallback{"unsupported", err}
+	case errors.Is(err, layer.ErrTooLarge):
+		return &fallback{"memory", err}
 	case errors.Is(err, errDeadline):
 		return &fallback{"deadline", err}
 	case errors.Is(err, errStalled):

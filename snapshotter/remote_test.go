@@ -173,6 +173,7 @@ func TestFailures(t *testing.T) {
 		"corrupt":                {where: "bad", err: corruptErr, is: layer.ErrCorrupt, mention: digest.FromString("blob bad").String()},
 		"corrupt and cut":        {where: "bad", err: errors.Join(corruptErr, errors.New("reset")), is: layer.ErrCorrupt},
 		"truncated":              {where: "bad", err: fmt.Errorf("x: %w", registry.ErrSize), is: registry.ErrSize, mention: digest.FromString("blob bad").String()},
+		"takes too much memory":  {where: "bad", err: fmt.Errorf("x: %w", layer.ErrTooLarge), reason: "memory"},
 		"needs layers below":     {where: "bad", err: fmt.Errorf("x: %w", layer.ErrUnsupported), reason: "unsupported"},
 		"disk full":              {where: "bad", err: &os.PathError{Op: "write", Path: "f", Err: unix.ENOSPC}, is: unix.ENOSPC, mention: "no space left"},
 		"corrupt shows as error": {where: "bad", err: corruptErr, is: errdefs.ErrDataLoss},

@@ -68,7 +68,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 }
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
-	debug.SetMemoryLimit(o.memory + 64<<20) // garbage gives way before the node's memory does
+	debug.SetGCPercent(50) // a heap of little beside what layers take
 	secrets, err := keychain.New(o.containerd, rt.Log)
 	if err != nil {
 		return err
@@ -118,13 +118,15 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 }
 
 func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
+	unpacked, fetched := layer.Share(o.memory)
+	limit := func(lent int64) { debug.SetMemoryLimit(20<<20 + o.memory/8 + lent) } // garbage gives way before the node's memory does
 	blobs, err := registry.New(registry.Config{
-		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: o.memory * 3 / 8, Logger: rt.Log, Registerer: rt.Registry,
+		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: fetched, Logger: rt.Log, Registerer: rt.Registry,
 	})
 	if err != nil {
 		return nil, nil, err
 	}
-	layers, err := layer.New(layer.Config{Limits: o.limits, MemoryBytes: o.memory / 2, Logger: rt.Log, Registerer: rt.Registry})
+	layers, err := layer.New(layer.Config{Limits: o.limits, MemoryBytes: unpacked, Lent: limit, Logger: rt.Log, Registerer: rt.Registry})
 	if err != nil {
 		return nil, nil, err
 	}
