@@ -72,7 +72,7 @@ func (t *Transport) exchange(r *http.Request) (*http.Response, error) {
 				t.keep(c) // nothing was sent on it
 				return nil, err
 			}
-			if time.Since(c.idleAt) >= idleTime { // its client has taken its time
+			if time.Since(c.idleAt) >= t.config.IdleTime { // its client has taken its time
 				_ = c.Close() // its server may do so at any moment
 				continue
 			}
