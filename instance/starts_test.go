@@ -8,6 +8,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"connectrpc.com/connect"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/instance"
 )
 
@@ -56,6 +59,34 @@ func makeMany(t *testing.T, e *instance.Engine, n int) {
 	for i := range n {
 		if err := create(e, name(i)); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestPreparedIsStartedByDigest: what a Revision was prepared as is at hand by the name that its starts have for it.
+func TestPreparedIsStartedByDigest(t *testing.T) {
+	f := newFake(t)
+	e := run(t, f)
+	prepared, err := prepare(e, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := create(e, "a"); err != nil {
+		t.Fatal(err)
+	}
+	r := revision()
+	if r.Image = prepared.Image; r.Image == revision().Image {
+		t.Fatalf("the image is named %s, with no digest", r.Image)
+	}
+	answer, err := e.Activate(t.Context(), connect.NewRequest(&hearthv1.ActivateRequest{
+		InstanceId: "a", Revision: r, Claim: &hearthv1.Claim{Id: "c", Epoch: 1},
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range answer.Msg.Phases {
+		if p.Name == "image" || p.Name == "snapshot" {
+			t.Errorf("the start waited for its %s", p.Name)
 		}
 	}
 }
