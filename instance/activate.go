@@ -127,8 +127,10 @@ func (e *Engine) claim(i *instance, a *activation) (*activation, error) {
 	}
 	i.claim, i.start, i.recorded = a.claim, a, make(chan struct{})
 	e.advance(i, hearthv1.State_STATE_CLAIMED)
+	e.starts.begin()
 	begun := e.begin(i, a.deadline, func(ctx context.Context) { e.endActivation(i, a, start(ctx, i, a)) })
 	if !begun {
+		e.starts.end()
 		a.err = errStopping
 		close(a.done)
 	}
@@ -156,6 +158,7 @@ func (e *Engine) starter(i *instance, a *activation) (func(context.Context, *ins
 
 // endActivation publishes how an activation ended, and has the Instance discarded if it did not end well.
 func (e *Engine) endActivation(i *instance, a *activation, err error) {
+	e.starts.end()
 	i.mu.Lock()
 	select {
 	case <-i.exited: // and whoever saw it left it to us
@@ -186,7 +189,7 @@ func (e *Engine) endActivation(i *instance, a *activation, err error) {
 	e.afterServing(i, a)
 }
 
-// afterDelay leaves the cores to the answer and to the Function's first request.
+// afterDelay leaves the cores to the answer, to the Function's first request and to other starts.
 const afterDelay = 25 * time.Millisecond
 
 // recordTime bounds one attempt to have containerd know something.
@@ -198,7 +201,7 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 	recorded := i.recorded
 	i.mu.Unlock()
 	e.spawn(func(ctx context.Context) {
-		if !sleep(ctx, afterDelay) {
+		if !e.starts.lull(ctx, afterDelay) {
 			return
 		}
 		if a.thaw {

@@ -20,8 +20,8 @@ const (
 	secretsPath = "/run/secrets"
 )
 
-// viewFlags restrict the mount of a code package.
-const viewFlags = unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV
+// viewAttributes restrict the mount of a code package.
+const viewAttributes = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV
 
 // Bounds of a code package that has to be copied, because the container's memory may be what holds it.
 const (
@@ -203,7 +203,7 @@ type view struct {
 }
 
 func newView(mounts []mount.Mount, scratch string) (*view, error) {
-	tree, err := mountDetached(mounts, scratch, viewFlags)
+	tree, err := mountDetached(mounts, scratch, viewAttributes)
 	if err != nil {
 		return nil, err
 	}
@@ -213,8 +213,8 @@ func newView(mounts []mount.Mount, scratch string) (*view, error) {
 // Clone implements codeTree.
 func (v *view) Clone() (*os.File, error) {
 	fd, err := unix.OpenTree(int(v.tree.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
-	if errors.Is(err, unix.EINVAL) { // before Linux 6.15 a mount of no namespace is not cloned
-		return mountDetached(v.mounts, v.scratch, viewFlags)
+	if errors.Is(err, unix.EINVAL) { // before Linux 6.15 a mount of no namespace is not cloned, nor later one of several layers
+		return mountDetached(v.mounts, v.scratch, viewAttributes)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("clone mount: %w", err)

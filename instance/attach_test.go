@@ -24,11 +24,21 @@ func TestView(t *testing.T) {
 	if os.Geteuid() != 0 { // the one probe: as root nothing skips
 		t.Skip("mounting wants root")
 	}
-	source, scratch := t.TempDir(), t.TempDir()
+	source, other := t.TempDir(), t.TempDir()
 	if err := os.WriteFile(filepath.Join(source, "main.py"), []byte("code"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	v, err := instance.NewView([]mount.Mount{{Type: "bind", Source: source, Options: []string{"ro", "rbind"}}}, scratch)
+	for name, m := range map[string]mount.Mount{
+		"of one layer":      {Type: "bind", Source: source, Options: []string{"ro", "rbind"}},
+		"of several layers": {Type: "overlay", Source: "overlay", Options: []string{"lowerdir=" + source + ":" + other}},
+	} {
+		t.Run(name, func(t *testing.T) { testView(t, m) })
+	}
+}
+
+func testView(t *testing.T, m mount.Mount) {
+	scratch := t.TempDir()
+	v, err := instance.NewView([]mount.Mount{m}, scratch)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -47,6 +47,7 @@ type Engine struct {
 	check   chan struct{}              // asks for a comparison with containerd now
 
 	versions versions
+	starts   starts
 
 	mu        sync.Mutex // guards what follows; taken before an instance's mu, never after it
 	instances map[string]*instance
@@ -101,7 +102,7 @@ func newEngine(cfg Config, b backend, c cgroups, proc string) (*Engine, error) {
 	}
 	e.hub = newHub()
 	e.library = newLibrary(b, cfg.Phases, e.spawn)
-	e.shelf = newShelf(b, e.library, cfg.Prefetch, cfg.Logger, e.spawn)
+	e.shelf = newShelf(b, e.library, cfg.Prefetch, cfg.Logger, e.spawn, e.starts.lull)
 	e.codes = newCodeStore(b, e.library, cfg.Logger, e.spawn)
 	e.logs = &logStore{root: cfg.Root, kept: cfg.KeptLogs}
 	return e, nil

@@ -133,25 +133,33 @@ func checkMounts(mounts []mount.Mount) error {
 }
 
 // mountDetached mounts a snapshot in no namespace: the mount goes with the last file that refers to it, so that whoever is killed
-// leaves none behind. flags restrict it, as in MS_RDONLY. scratch is an empty directory.
-func mountDetached(mounts []mount.Mount, scratch string, flags uintptr) (*os.File, error) {
+// leaves none behind. It has these attributes, and is nobody's peer. scratch is an empty directory.
+//
+// A directory is cloned from our own namespace: a namespace of its own would be a copy of all of the node's mounts, some
+// milliseconds where there are many Instances, and the kernel clones no detached mount that was made in another one.
+func mountDetached(mounts []mount.Mount, scratch string, attributes uint64) (tree *os.File, err error) {
 	if err := checkMounts(mounts); err != nil {
 		return nil, err
 	}
-	var tree *os.File
-	err := inOwnMounts(func() (err error) {
-		if err := mountOne(mounts[0], scratch); err != nil {
-			return err
-		}
-		if flags != 0 {
-			if err := unix.Mount("", scratch, "", unix.MS_REMOUNT|unix.MS_BIND|flags, ""); err != nil {
-				return fmt.Errorf("restrict mount: %w", err)
+	if m := mounts[0]; m.Type == "bind" {
+		tree, err = detached(m.Source)
+	} else {
+		err = inOwnMounts(func() (err error) {
+			if err := mountOne(m, scratch); err != nil {
+				return err
 			}
-		}
-		tree, err = detached(scratch)
-		return err
-	})
-	return tree, err
+			tree, err = detached(scratch)
+			return err
+		})
+	}
+	if err != nil {
+		return nil, err
+	}
+	restricted := &unix.MountAttr{Attr_set: attributes, Propagation: unix.MS_PRIVATE}
+	if err := unix.MountSetattr(int(tree.Fd()), "", unix.AT_EMPTY_PATH, restricted); err != nil {
+		return nil, errors.Join(fmt.Errorf("restrict mount: %w", err), tree.Close())
+	}
+	return tree, nil
 }
 
 // inOwnMounts runs f on a thread of its own whose mounts nobody else sees, and which end with it.

@@ -49,7 +49,7 @@ func (e *Engine) prepare(ctx context.Context, req *hearthv1.PrepareRevisionReque
 		if img, err = e.codes.want(ctx, code, req.Revision.Name, t); err != nil {
 			return nil, err
 		}
-		return &hearthv1.PrepareRevisionResponse{Image: byDigest(img), Phases: t.phases()}, nil
+		return e.prepared(img, t), nil
 	}
 	begin := time.Now()
 	if err := e.shelf.want(ctx, img, req.Revision.Name, int(req.Snapshots)); err != nil {
@@ -57,7 +57,15 @@ func (e *Engine) prepare(ctx context.Context, req *hearthv1.PrepareRevisionReque
 	}
 	t.since(phaseSnapshot, begin)
 	e.metrics.prepared.Set(float64(e.shelf.count()))
-	return &hearthv1.PrepareRevisionResponse{Image: byDigest(img), Phases: t.phases()}, nil
+	return e.prepared(img, t), nil
+}
+
+// prepared names what is at hand, also for the first start, which asks for it by that name.
+func (e *Engine) prepared(img *image, t *trace) *hearthv1.PrepareRevisionResponse {
+	pinned := *img
+	pinned.Ref = byDigest(img)
+	e.library.remember(&pinned)
+	return &hearthv1.PrepareRevisionResponse{Image: pinned.Ref, Phases: t.phases()}
 }
 
 // byDigest names an image so that it can never mean another one.

@@ -26,6 +26,7 @@ type shelf struct {
 	ahead   Prefetcher // or nil
 	log     *slog.Logger
 	spawn   func(func(context.Context)) bool
+	lull    func(ctx context.Context, quiet time.Duration) bool
 
 	mu     sync.Mutex // guards what follows
 	stocks map[shelfKey]*stock
@@ -53,8 +54,12 @@ func (s *stock) target() int {
 	return min(n, maxSnapshots)
 }
 
-func newShelf(b snapshots, l *library, ahead Prefetcher, log *slog.Logger, spawn func(func(context.Context)) bool) *shelf {
-	return &shelf{backend: b, library: l, ahead: ahead, log: log, spawn: spawn, stocks: map[shelfKey]*stock{}, busy: map[string]bool{}}
+func newShelf(b snapshots, l *library, ahead Prefetcher, log *slog.Logger, spawn func(func(context.Context)) bool,
+	lull func(context.Context, time.Duration) bool,
+) *shelf {
+	return &shelf{
+		backend: b, library: l, ahead: ahead, log: log, spawn: spawn, lull: lull, stocks: map[shelfKey]*stock{}, busy: map[string]bool{},
+	}
 }
 
 // take returns a snapshot of an image: from the shelf, or prepared now, which is noted in t. The caller removes it in the end and
@@ -155,13 +160,13 @@ func (s *shelf) forget(revision string) (surplus []rootfs) {
 	return surplus
 }
 
-// refillDelay keeps a refill from taking disk and processor from the first request, for which the start was made.
+// refillDelay keeps a refill from taking disk and processor from the first request, for which the start was made, and from others.
 const refillDelay = 100 * time.Millisecond
 
-// refill fills up in the background, a little later.
+// refill fills up in the background, when there is a lull.
 func (s *shelf) refill(img *image) {
 	s.spawn(func(ctx context.Context) {
-		if !sleep(ctx, refillDelay) {
+		if !s.lull(ctx, refillDelay) {
 			return
 		}
 		if err := s.fill(ctx, keyOf(img)); err != nil && ctx.Err() == nil {

@@ -107,8 +107,9 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 		return errors.Join(err, snaps.Close())
 	}
 	mux := http.NewServeMux()
-	mux.Handle(hearthv1connect.NewImageServiceHandler(pulls, connect.WithReadMaxBytes(1<<20)))
-	mux.Handle(hearthv1connect.NewNodeServiceHandler(engine, connect.WithReadMaxBytes(4<<20)))
+	plain := connect.WithCompression("gzip", nil, nil) // what crosses no network is not worth it
+	mux.Handle(hearthv1connect.NewImageServiceHandler(pulls, plain, connect.WithReadMaxBytes(1<<20)))
+	mux.Handle(hearthv1connect.NewNodeServiceHandler(engine, plain, connect.WithReadMaxBytes(4<<20)))
 	group.Go(func() error { return snaps.Serve(ctx, o.snapshotterSocket) })
 	group.Go(func() error { return secrets.Serve(ctx, o.imageSocket, snaps.Fetch) })
 	group.Go(func() error { return engine.Run(ctx) })

@@ -109,7 +109,8 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) (err error) {
 		return err
 	}
 	mux := http.NewServeMux()
-	bound := connect.WithReadMaxBytes(maxRequestBytes)
+	// What crosses no network is not compressed, as it would be for every client that could read it.
+	bound := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxRequestBytes), connect.WithCompression("gzip", nil, nil))
 	mux.Handle(hearthv1connect.NewAllocationServiceHandler(manager, bound))
 	mux.Handle(hearthv1connect.NewFunctionServiceHandler(manager, bound))
 	mux.Handle(hearthv1connect.NewRuntimeServiceHandler(manager, bound))

@@ -46,10 +46,24 @@ func main() {
 		fmt.Fprintln(os.Stderr, "usage: launcher SOCKET")
 		os.Exit(2)
 	}
+	if err := rehearse(); err != nil {
+		fmt.Fprintln(os.Stderr, "launcher:", err)
+		os.Exit(1)
+	}
 	if err := serve(os.Args[1]); err != nil {
 		fmt.Fprintln(os.Stderr, "launcher:", err)
 		os.Exit(1)
 	}
+}
+
+// rehearse does ahead what it can of what a start waits for. This thread, whose bounding set is empty then, is the one that gives up
+// its other capabilities and executes. What decoding needs is made once.
+func rehearse() error {
+	runtime.LockOSThread()
+	if err := unbound(); err != nil {
+		return err
+	}
+	return json.Unmarshal([]byte(`{"args":["x"],"env":["x=y"],"cwd":"/","uid":0,"gid":0,"groups":[0],"control":false}`), new(process))
 }
 
 // serve returns only if it fails.
@@ -94,10 +108,6 @@ func launch(conn io.Reader, listener int) error {
 	if len(p.Args) == 0 {
 		return errors.New("nothing to launch")
 	}
-	runtime.LockOSThread() // the thread that gives up its capabilities is the one that executes
-	if err := unbound(); err != nil {
-		return err
-	}
 	if err := enter(p); err != nil {
 		return err
 	}
@@ -127,17 +137,31 @@ func enter(p process) error {
 	for fd := range 3 { // so that a process that is not root's can open /dev/stdout
 		_ = syscall.Fchown(fd, p.UID, p.GID) // refused for /dev/null, which needs it not
 	}
-	if err := syscall.Setgroups(p.Groups); err != nil {
-		return fmt.Errorf("set groups %v: %w", p.Groups, err)
-	}
-	if err := syscall.Setgid(p.GID); err != nil {
-		return fmt.Errorf("set group %d: %w", p.GID, err)
-	}
-	if err := syscall.Setuid(p.UID); err != nil {
-		return fmt.Errorf("set user %d: %w", p.UID, err)
+	if err := identify(p); err != nil {
+		return err
 	}
 	if err := os.Chdir(p.Cwd); err != nil {
 		return fmt.Errorf("working directory: %w", err)
+	}
+	return nil
+}
+
+// identify sets user and groups of this thread, and not of all as package syscall would, which has to stop them all three times:
+// the others end when this one executes.
+func identify(p process) error {
+	groups := make([]uint32, len(p.Groups)+1) // it has an address also when there are none
+	for i, g := range p.Groups {
+		groups[i] = uint32(g)
+	}
+	_, _, errno := syscall.RawSyscall(syscall.SYS_SETGROUPS, uintptr(len(p.Groups)), uintptr(unsafe.Pointer(&groups[0])), 0)
+	if errno != 0 {
+		return fmt.Errorf("set groups %v: %w", p.Groups, errno)
+	}
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_SETGID, uintptr(p.GID), 0, 0); errno != 0 {
+		return fmt.Errorf("set group %d: %w", p.GID, errno)
+	}
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_SETUID, uintptr(p.UID), 0, 0); errno != 0 {
+		return fmt.Errorf("set user %d: %w", p.UID, errno)
 	}
 	return nil
 }
