@@ -58,7 +58,7 @@ func (c *Conn) Read(b []byte) (n int, err error) {
 	}
 	var failed syscall.Errno
 	err = c.raw.Read(func(fd uintptr) bool {
-		n, failed = transfer(syscall.SYS_READ, fd, b)
+		n, failed = transfer(sysRead, fd, b)
 		return failed != syscall.EAGAIN
 	})
 	if err = c.fault("read", err, failed); err != nil {
@@ -76,7 +76,7 @@ func (c *Conn) Write(b []byte) (n int, err error) {
 	err = c.raw.Write(func(fd uintptr) bool {
 		for n < len(b) {
 			var some int
-			if some, failed = transfer(syscall.SYS_WRITE, fd, b[n:]); failed != 0 {
+			if some, failed = transfer(sysWrite, fd, b[n:]); failed != 0 {
 				return failed != syscall.EAGAIN
 			}
 			n += some
@@ -113,16 +113,11 @@ func (c *Conn) fault(operation string, err error, failed syscall.Errno) error {
 }
 
 // transfer makes a system call that reads into b or writes of it, on a socket that does not block.
-func transfer(call, fd uintptr, b []byte) (int, syscall.Errno) {
+func transfer(call func(fd uintptr, b []byte) (int, syscall.Errno), fd uintptr, b []byte) (int, syscall.Errno) {
 	b = b[:min(len(b), maxTransferBytes)]
 	for {
-		n, _, failed := syscall.RawSyscall(call, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-		switch failed {
-		case 0:
-			return int(n), 0
-		case syscall.EINTR:
-		default:
-			return 0, failed
+		if n, failed := call(fd, b); failed != syscall.EINTR {
+			return n, failed
 		}
 	}
 }
