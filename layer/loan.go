@@ -18,10 +18,10 @@ const (
 const enoughBytes = 56 << 20
 
 // Share divides a node's memory for layers in flight: unpack is a Config's MemoryBytes, fetch is for what is fetched ahead, and what is
-// left for names. A small node halves it; where there is enough for unpacking, the rest keeps the link busy.
+// left for names and for what is not counted. A small node halves it; where there is enough for unpacking, the rest keeps the link busy.
 func Share(memory int64) (unpack, fetch int64) {
 	unpack = min(memory/2, max(enoughBytes, memory*3/8))
-	return unpack, memory - unpack - unpack/4
+	return unpack, memory - unpack - unpack/4 - memory/12
 }
 
 // loan is memory for the decoder of a large frame, which lies in the garbage-collected heap: it is paid for with blocks of the

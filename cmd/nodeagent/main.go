@@ -68,7 +68,6 @@ func (o *options) flags(f *pflag.FlagSet) {
 }
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
-	debug.SetGCPercent(50) // a heap of little beside what layers take
 	secrets, err := keychain.New(o.containerd, rt.Log)
 	if err != nil {
 		return err
@@ -120,7 +119,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 
 func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
 	unpacked, fetched := layer.Share(o.memory)
-	limit := func(lent int64) { debug.SetMemoryLimit(20<<20 + o.memory/8 + lent) } // garbage gives way before the node's memory does
+	limit := func(lent int64) { debug.SetMemoryLimit(24<<20 + o.memory/8 + lent) } // garbage gives way before the node's memory does
 	blobs, err := registry.New(registry.Config{
 		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: fetched, Logger: rt.Log, Registerer: rt.Registry,
 	})
