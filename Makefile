@@ -4,7 +4,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -X github.com/hearth-serverless/hearth/internal/daemon.version=$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help build tools peers images test demo lint generate clean go
+.PHONY: help build tools peers kubernetes images test demo lint generate clean go
 
 help: ## show this list
 	@echo "Hearth $(VERSION): make TARGET"
@@ -20,6 +20,9 @@ tools: go ## compile containerd, runc, CNI plugins and the registry into .cache 
 
 peers: go ## compile the snapshotters that benchmarks compare with (SOCI, stargz) into .cache; bench does it when it needs them
 	@tools/build peers >/dev/null
+
+kubernetes: go ## compile a Kubernetes control plane, kubelet and kubectl into .cache (some 15 minutes once); make cluster does it when it needs them
+	@tools/build kubernetes >/dev/null
 
 images: build tools ## make all sample images in .cache (`bin/bench images NAME` for one); needs root and a Debian mirror
 	bin/bench images
