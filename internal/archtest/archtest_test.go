@@ -23,7 +23,7 @@ const maxMainLines = 150
 var floors = map[string]int{
 	"internal/relay": 0,
 	"api":            1, "registry": 1, "deploy": 1,
-	"internal/daemon": 1, "internal/bpf": 1, "internal/waterfall": 1, "internal/logfile": 1, "internal/archtest": 1,
+	"internal/host": 1, "internal/daemon": 1, "internal/bpf": 1, "internal/waterfall": 1, "internal/logfile": 1, "internal/archtest": 1,
 	"internal/doctor": 2, "internal/keychain": 2, "internal/contentstore": 2, "internal/cripull": 2, "sidecar": 2,
 	"runtimes": 1,
 	"layer":    2,

@@ -46,6 +46,9 @@ func (p paths) pid() string               { return filepath.Join(p.run, "hearth.
 func (p paths) status() string            { return filepath.Join(p.run, "status.json") }
 func (p paths) admin(name string) string  { return filepath.Join(p.run, "admin-"+name+".sock") }
 
+// CgroupParent is the cgroup, as a path from the top of each hierarchy, below which the Instances of a deployment are.
+func CgroupParent(name string) string { return "/hearth-" + name }
+
 // shimSocketNameBytes is how long the names are that containerd gives to its shims' sockets: a hash.
 const shimSocketNameBytes = 64
 
