@@ -177,10 +177,8 @@ func (m *Manager) applied(now time.Time, f *function, r store.Record) {
 	}
 	m.thin(now, f)
 	m.log.Info("function applied", "function", f.name, "generation", f.status.GetGeneration(), "revision", f.revision.GetName())
-	for _, n := range m.nodes {
-		if n.synced {
-			m.prepareFunction(n, f)
-		}
+	for _, n := range m.homes(f) {
+		m.prepareFunction(n, f)
 	}
 }
 
