@@ -78,7 +78,11 @@ func New(cfg Config) (*Engine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("instance engine: %w", err)
 	}
-	e, err := newEngine(cfg, n, n.cgroups, "/proc")
+	var b backend = n
+	if cfg.Kubelet != "" {
+		b = &kubeletNode{n, cfg.Kubelet}
+	}
+	e, err := newEngine(cfg, b, n.cgroups, "/proc")
 	if err != nil {
 		return nil, errors.Join(err, n.Close())
 	}

@@ -130,6 +130,8 @@ type instanceNode struct {
 	image     string // of the function
 	launcher  string // program
 	sidecar   string // likewise; empty is none
+	pause     string // image of the sandboxes
+	kubelet   string // namespace of the Pods that a kubelet makes; empty: the engine makes sandboxes
 	cgroup    string
 	netns     map[string]bool // those that were there before
 
@@ -168,11 +170,11 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	compile(t, n.launcher, "../../runtimes/launcher/main.go")
 	buildCommand(t, "logwriter", filepath.Join(filepath.Dir(n.launcher), "logwriter"))
 	n.image = n.registry.push(t, "functions/hello:1", programImage(t, "function", functionSource))
-	pause := n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
+	n.pause = n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
 	n.containerdNode = startContainerd(t, containerdOptions{Snapshotter: n.snapshots, HostsDir: hosts, Config: fmt.Sprintf(`
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = %q
-`, pause)})
+`, n.pause)})
 	n.writeNetwork()
 	t.Cleanup(n.removeCgroups)
 	n.startEngine()
@@ -203,7 +205,7 @@ func (n *instanceNode) startEngine() {
 	}
 	n.engine, err = instance.New(instance.Config{
 		Node: "node-1", Root: filepath.Join(n.Dir, "node"), Address: n.Socket, CgroupParent: n.cgroup,
-		Launcher: n.launcher, Sidecar: n.sidecar, Listens: listens, Logger: n.log,
+		Launcher: n.launcher, Sidecar: n.sidecar, Kubelet: n.kubelet, Listens: listens, Logger: n.log,
 	})
 	if err != nil {
 		n.t.Fatal(err)
