@@ -12,7 +12,7 @@ help: ## show this list
 
 build: go ## compile Hearth's commands into bin/
 	@mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/... ./runtimes/launcher
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/... ./runtimes/launcher ./runtimes/pause
 	@bin/bench images --archives bin pause >/dev/null
 
 tools: go ## compile containerd, runc, CNI plugins and the registry into .cache (some minutes once, then at once)

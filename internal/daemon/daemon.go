@@ -46,6 +46,7 @@ type Runtime struct {
 	Registry *prometheus.Registry // holds Go's, the process's and hearth_build_info already
 	Ready    *Readiness           // not ready until the service has Set something
 	Admin    string               // address of the admin listener: HOST:PORT or a socket's path
+	Metrics  string               // HOST:PORT of the metrics listener, if there is one
 }
 
 // Process is the part of the operating system that Execute sees.
@@ -105,7 +106,7 @@ func Execute(ctx context.Context, s Service, p Process) int {
 
 // common are the flags that every daemon has.
 type common struct {
-	config, level, format, admin string
+	config, level, format, admin, metrics string
 }
 
 func (c *common) add(f *pflag.FlagSet) {
@@ -113,6 +114,7 @@ func (c *common) add(f *pflag.FlagSet) {
 	f.StringVar(&c.level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&c.format, "log-format", "text", "text or json")
 	f.StringVar(&c.admin, "admin-address", "127.0.0.1:0", "loopback HOST:PORT (port 0 takes a free one) or unix:PATH for /metrics, /healthz, /readyz and /debug/pprof")
+	f.StringVar(&c.metrics, "metrics-address", "", "HOST:PORT for /metrics, /healthz and /readyz alone, on any address, without authentication: for the probes of a kubelet and for Prometheus on other machines (default: none)")
 }
 
 func (c *common) start(ctx context.Context, s Service, stderr io.Writer) (*Runtime, func(), error) {
@@ -126,9 +128,19 @@ func (c *common) start(ctx context.Context, s Service, stderr io.Writer) (*Runti
 	if err != nil {
 		return nil, nil, err
 	}
+	m, err := listenMetrics(ctx, c.metrics)
+	if err != nil {
+		return nil, nil, errors.Join(err, l.Close())
+	}
 	rt := &Runtime{Log: log, Registry: registry, Ready: &Readiness{}, Admin: l.Addr().String()}
-	log.Info("starting", "name", s.Name, "version", Version(), "pid", os.Getpid(), "admin", rt.Admin)
-	return rt, serveAdmin(l, registry, rt.Ready, log), nil
+	handler := metricsHandler(registry, rt.Ready)
+	stop := serveBeside(l, adminHandler(handler), log)
+	if m != nil {
+		stopAdmin, stopMetrics := stop, serveBeside(m, handler, log)
+		rt.Metrics, stop = m.Addr().String(), func() { stopMetrics(); stopAdmin() }
+	}
+	log.Info("starting", "name", s.Name, "version", Version(), "pid", os.Getpid(), "admin", rt.Admin, "metrics", rt.Metrics)
+	return rt, stop, nil
 }
 
 func buildInfo() prometheus.Collector {

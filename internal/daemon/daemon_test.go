@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -47,6 +48,7 @@ func TestExitCodes(t *testing.T) {
 		{"argument", ok, []string{"extra"}, daemon.ExitUsage, "extra"},
 		{"public admin address", ok, []string{"--admin-address=0.0.0.0:0"}, daemon.ExitUsage, "not loopback"},
 		{"odd admin address", ok, []string{"--admin-address=localhost"}, daemon.ExitUsage, "HOST:PORT"},
+		{"odd metrics address", ok, []string{"--metrics-address=7445"}, daemon.ExitUsage, "--metrics-address"},
 		{"log level", ok, []string{"--log-level=loud"}, daemon.ExitUsage, "loud"},
 		{"log format", ok, []string{"--log-format=xml"}, daemon.ExitUsage, "xml"},
 	} {
@@ -129,6 +131,27 @@ func TestAdminListener(t *testing.T) {
 	}
 	if !strings.Contains(out.String(), "admin=127.0.0.1:") {
 		t.Errorf("log does not tell the address: %s", out)
+	}
+}
+
+// TestMetricsListener shows how the daemon does, and nothing else.
+func TestMetricsListener(t *testing.T) {
+	p, out, _ := process("--metrics-address=:0")
+	run := func(_ context.Context, rt *daemon.Runtime) error {
+		_, port, err := net.SplitHostPort(rt.Metrics)
+		if err != nil {
+			return err
+		}
+		url := "http://127.0.0.1:" + port
+		expect(t, http.DefaultClient, url+"/healthz", 200, "ok")
+		expect(t, http.DefaultClient, url+"/readyz", 503, "starting")
+		expect(t, http.DefaultClient, url+"/metrics", 200, "hearth_build_info")
+		expect(t, http.DefaultClient, url+"/debug/pprof/cmdline", 404, "")
+		expect(t, http.DefaultClient, "http://"+rt.Admin+"/metrics", 200, "hearth_build_info")
+		return nil
+	}
+	if code := daemon.Execute(t.Context(), service(run), p); code != 0 {
+		t.Errorf("exit code %d: %s", code, out)
 	}
 }
 
