@@ -30,7 +30,8 @@ var floors = map[string]int{
 	"instance": 3, "snapshotter": 3, "prefetch": 3, "pool": 3, "scaler": 3, "internal/codepack": 3,
 	"gateway": 4, "internal/kube": 4, "internal/images": 4, "internal/stack": 4, "internal/release": 4,
 	"bench": 5, "internal/cli": 5,
-	"cmd": 6, "test": 6,
+	"test": 6,
+	"cmd":  7,
 }
 
 // families names who may import a third-party family. The longest prefix that fits an import decides.
