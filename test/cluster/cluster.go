@@ -292,4 +292,3 @@ func (c *Cluster) render(name, path string, v values) error {
 	}
 	return writeFile(path, text.Bytes())
 }
-

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -205,6 +206,10 @@ func (m machine) start(p program, log string) error {
 		Path: args[0], Args: args, Dir: "/", Stdout: out, Stderr: out,
 		Env:         append([]string{"PATH=" + m.path(), "HOME=/root"}, p.env...),
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}
+	// What this process was given open, a lock's file for one, is not for what outlives it.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("start %s: %w", p.name, err)
 	}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", p.name, err)
