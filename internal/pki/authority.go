@@ -35,6 +35,11 @@ type Bundle struct {
 	Key         []byte
 }
 
+// Equal says whether two are the same.
+func (b Bundle) Equal(other Bundle) bool {
+	return bytes.Equal(b.Authorities, other.Authorities) && bytes.Equal(b.Certificate, other.Certificate) && bytes.Equal(b.Key, other.Key)
+}
+
 // authority may sign.
 type authority struct {
 	certificate *x509.Certificate
