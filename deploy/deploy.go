@@ -19,5 +19,11 @@ var CNI string
 //go:embed registry/config.yaml.tmpl
 var Registry string
 
+// Seen is what shows how Hearth does: grafana/*.json are dashboards, prometheus/alerts.yaml are rules, and prometheus/prometheus.yaml
+// says what is to be scraped.
+//
+//go:embed grafana prometheus
+var Seen embed.FS
+
 //go:embed base crds uninstall
 var manifests embed.FS
