@@ -108,7 +108,7 @@ func (k *cluster) findGateway(ctx context.Context) error {
 		return nil
 	}
 	var pods podList
-	if err := k.get(ctx, "/api/v1/namespaces/"+systemNamespace+"/pods?labelSelector=app.kubernetes.io/name%3Dhearth-gateway", &pods); err != nil {
+	if err := k.get(ctx, "/api/v1/namespaces/"+systemNamespace+"/pods?labelSelector=app.kubernetes.io/component%3Dgateway,app.kubernetes.io/name%3Dhearth", &pods); err != nil {
 		return fmt.Errorf("find the gateway: %w", err)
 	}
 	for _, p := range pods.Items {
