@@ -13,8 +13,9 @@ import (
 func main() {
 	name, _ := os.Hostname()
 	http.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, name) })
+	// A connection for each request: a Service chooses anew.
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	http.HandleFunc("/get", func(w http.ResponseWriter, r *http.Request) {
-		client := &http.Client{Timeout: 5 * time.Second}
 		resp, err := client.Get(r.FormValue("url"))
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadGateway)
