@@ -38,6 +38,18 @@ type Service struct {
 	Flags func(*pflag.FlagSet)
 	// Run does the work. It blocks until ctx is done and everything is tidy; it has 30 s for that.
 	Run func(ctx context.Context, rt *Runtime) error
+	// Commands are what the program can do besides, each named by its first argument.
+	Commands []Command
+}
+
+// Command is something that a daemon's program does once, and ends.
+type Command struct {
+	Name, Short, Long string
+	// Flags adds the command's flags; may be nil. Each may also be set by HEARTH_NAME.
+	Flags func(*pflag.FlagSet)
+	// Run says on out what it does. The first signal ends ctx. The exit code is ExitFailed if it returns an error, or what the
+	// error's method ExitCode() int says, if it wraps one that has it.
+	Run func(ctx context.Context, out io.Writer) error
 }
 
 // Runtime is what a running service gets.
@@ -94,14 +106,59 @@ func Execute(ctx context.Context, s Service, p Process) int {
 	if s.Flags != nil {
 		s.Flags(command.Flags())
 	}
-	if err := command.ExecuteContext(ctx); err != nil {
-		_, _ = fmt.Fprintf(p.Stderr, "%s: %v\nSee %s --help.\n", s.Name, err, s.Name)
+	for _, c := range s.Commands {
+		command.AddCommand(c.command(p, &failed))
+	}
+	if ran, err := command.ExecuteContextC(ctx); err != nil {
+		_, _ = fmt.Fprintf(p.Stderr, "%s: %v\nSee %s --help.\n", s.Name, err, ran.CommandPath())
 		return ExitUsage
 	}
-	if failed != nil {
-		return ExitFailed
+	return exitCode(failed)
+}
+
+// command is c for the command line. What Run returns goes to failed.
+func (c Command) command(p Process, failed *error) *cobra.Command {
+	command := &cobra.Command{
+		Use: c.Name, Short: c.Short, Long: c.Long,
+		Args: cobra.NoArgs, SilenceErrors: true, SilenceUsage: true,
+		PreRunE: func(c *cobra.Command, _ []string) error { return ConfigureFromEnv(c.Flags(), p.LookupEnv) },
+		RunE: func(cc *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithCancel(cc.Context())
+			defer cancel()
+			ended := make(chan struct{})
+			signalled := make(chan struct{})
+			go func() {
+				defer close(signalled)
+				select {
+				case <-p.Signals:
+					cancel()
+				case <-ended:
+				}
+			}()
+			*failed = c.Run(ctx, p.Stderr)
+			close(ended)
+			<-signalled
+			if *failed != nil {
+				_, _ = fmt.Fprintf(p.Stderr, "%s: %v\n", cc.CommandPath(), *failed)
+			}
+			return nil
+		},
 	}
-	return ExitOK
+	if c.Flags != nil {
+		c.Flags(command.Flags())
+	}
+	return command
+}
+
+func exitCode(failed error) int {
+	var coded interface{ ExitCode() int }
+	switch {
+	case failed == nil:
+		return ExitOK
+	case errors.As(failed, &coded):
+		return coded.ExitCode()
+	}
+	return ExitFailed
 }
 
 // common are the flags that every daemon has.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -61,6 +62,60 @@ func TestExitCodes(t *testing.T) {
 				t.Errorf("does not say %q: %s", c.says, out)
 			}
 		})
+	}
+}
+
+// codedError has an exit code of its own.
+type codedError int
+
+func (e codedError) Error() string { return "refused" }
+func (e codedError) ExitCode() int { return int(e) }
+
+func TestCommands(t *testing.T) {
+	var word string
+	command := func(run func(context.Context) error) daemon.Service {
+		s := service(func(context.Context, *daemon.Runtime) error { t.Error("the daemon itself ran"); return nil })
+		s.Commands = []daemon.Command{{
+			Name: "once", Short: "do it", Flags: func(f *pflag.FlagSet) { f.StringVar(&word, "the-word", "default", "") },
+			Run: func(ctx context.Context, out io.Writer) error {
+				_, _ = io.WriteString(out, "doing it with "+word+"\n")
+				return run(ctx)
+			},
+		}}
+		return s
+	}
+	for _, c := range []struct {
+		name string
+		err  error
+		args []string
+		env  map[string]string
+		code int
+		says string
+	}{
+		{"ends well", nil, []string{"once", "--the-word=flag"}, map[string]string{"HEARTH_THE_WORD": "env"}, daemon.ExitOK, "doing it with flag"},
+		{"environment", nil, []string{"once"}, map[string]string{"HEARTH_THE_WORD": "env"}, daemon.ExitOK, "doing it with env"},
+		{"fails", errors.New("no luck"), []string{"once"}, nil, daemon.ExitFailed, "thing once: no luck"},
+		{"has a code", fmt.Errorf("do it: %w", codedError(7)), []string{"once"}, nil, 7, "thing once: do it: refused"},
+		{"unknown flag", nil, []string{"once", "--nope"}, nil, daemon.ExitUsage, "See thing once --help"},
+		{"argument", nil, []string{"once", "more"}, nil, daemon.ExitUsage, "more"},
+		{"unknown command", nil, []string{"twice"}, nil, daemon.ExitUsage, "twice"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p, out, _ := process(c.args...)
+			p.LookupEnv = env(c.env)
+			if code := daemon.Execute(t.Context(), command(func(context.Context) error { return c.err }), p); code != c.code {
+				t.Errorf("exit code %d, want %d", code, c.code)
+			}
+			if !strings.Contains(out.String(), c.says) {
+				t.Errorf("does not say %q: %s", c.says, out)
+			}
+		})
+	}
+	p, _, signals := process("once")
+	signals <- syscall.SIGTERM
+	wait := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+	if code := daemon.Execute(t.Context(), command(wait), p); code != daemon.ExitFailed {
+		t.Errorf("exit code %d after a signal", code)
 	}
 }
 
