@@ -12,8 +12,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-
-	"github.com/hearth-serverless/hearth/pool"
 )
 
 const (
@@ -57,7 +55,7 @@ type seen struct {
 type move int
 
 const (
-	rest     move = iota
+	stay     move = iota
 	take          // begin a term, if nobody else does first
 	renew         // say that the term goes on
 	stepDown      // another term has begun
@@ -73,29 +71,23 @@ func decide(now time.Time, identity string, term int64, s seen) move {
 	case s.holder == "" || !now.Before(s.since.Add(leaseTime)):
 		return take
 	}
-	return rest
+	return stay
 }
 
-// Run leads whenever it can until ctx is done: each term calls lead, with a context that ends with the term, and waits for it. A term
-// also ends when lead returns; an error other than of a stale term is Run's. raise makes the Lease's epoch greater than what somebody has
-// seen.
+// Run waits until it may lead, calls lead with a context that ends with the term, and says why that ended. A process leads once: what it
+// knows afterwards is of no use to anybody, and a new one begins with nothing.
 func (e *Elector) Run(ctx context.Context, lead func(ctx context.Context, t *Term) error) error {
 	var s seen
 	for ctx.Err() == nil {
-		now := time.Now()
 		fresh, err := e.look(ctx)
 		if err == nil {
-			if fresh.since = now; fresh.version == s.version && s.version != "" {
+			if fresh.since = time.Now(); fresh.version == s.version && s.version != "" {
 				fresh.since = s.since
 			}
 			s = fresh
-			if decide(now, e.identity, 0, s) == take {
-				var epoch int64
-				if epoch, err = e.begin(ctx, s); err == nil {
-					if err := e.lead(ctx, epoch, lead); err != nil {
-						return err
-					}
-					continue
+			if decide(time.Now(), e.identity, 0, s) == take {
+				if err = e.write(ctx, s.version, e.identity, s.epoch+1); err == nil {
+					return e.lead(ctx, s.epoch+1, lead)
 				}
 			}
 		}
@@ -107,25 +99,21 @@ func (e *Elector) Run(ctx context.Context, lead func(ctx context.Context, t *Ter
 	return nil
 }
 
-// lead holds one term.
+// lead holds the term.
 func (e *Elector) lead(ctx context.Context, epoch int64, lead func(context.Context, *Term) error) error {
 	e.log.Info("leading", "epoch", epoch)
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	ended := make(chan error, 1)
-	t := &Term{elector: e, Epoch: epoch}
-	go func() { ended <- lead(inner, t) }()
+	go func() { ended <- lead(inner, &Term{Epoch: epoch, elector: e}) }()
 	ticker := time.NewTicker(renewTime)
 	defer ticker.Stop()
 	for {
 		select {
 		case err := <-ended:
 			e.release(context.WithoutCancel(ctx), epoch)
-			if ctx.Err() == nil && err == nil && inner.Err() == nil {
-				err = errors.New("the term ended by itself")
-			}
-			if errors.Is(err, pool.ErrStale) || errors.Is(context.Cause(inner), errRaised) {
-				return nil
+			if cause := context.Cause(inner); ctx.Err() == nil && cause != nil {
+				return cause
 			}
 			return err
 		case <-ticker.C:
@@ -133,7 +121,6 @@ func (e *Elector) lead(ctx context.Context, epoch int64, lead func(context.Conte
 				continue // until what was begun in the term has ended
 			}
 			if err := e.renew(ctx, epoch); errors.Is(err, errRaised) {
-				e.log.Warn("stop leading", "epoch", epoch, "err", err)
 				cancel(err)
 			} else if err != nil && ctx.Err() == nil {
 				e.log.Warn("renew the lease; going on", "epoch", epoch, "err", err)
@@ -178,11 +165,6 @@ func seenIn(l *coordinationv1.Lease) (seen, error) {
 		s.epoch = n
 	}
 	return s, nil
-}
-
-// begin takes the Lease as it was seen, under the next epoch.
-func (e *Elector) begin(ctx context.Context, s seen) (int64, error) {
-	return s.epoch + 1, e.write(ctx, s.version, e.identity, s.epoch+1)
 }
 
 // write is the compare-and-swap: it fails with Conflict or AlreadyExists if the Lease is not the version that was seen.
