@@ -131,10 +131,16 @@ func (m *Manager) begin(now time.Time, name, id string, deadline time.Time) (*al
 		return nil, connect.NewError(connect.CodeDeadlineExceeded, errors.New("the deadline has passed"))
 	}
 	a := &allocation{id: id, function: name, begun: now, deadline: deadline, done: make(chan struct{})}
-	if i := m.earlier(f, id); i != nil {
-		// Made before a restart of ours; its answer was lost.
+	switch i := m.earlier(f, id); {
+	case i == nil:
+	case i.routable(): // made before a restart of ours; its answer was lost
 		m.enter(a)
 		m.succeed(now, a, i, nil)
+		return a, nil
+	default: // begun before: the node will say what becomes of it
+		m.enter(a)
+		a.next = a.deadline
+		m.queue = append(m.queue, a)
 		return a, nil
 	}
 	if err := f.mayStart(now, m.count(f)); err != nil {
@@ -154,14 +160,20 @@ func (m *Manager) enter(a *allocation) {
 	m.unfinished[a.function][a] = struct{}{}
 }
 
-// earlier finds the Instance that an allocation of an earlier term got.
-func (m *Manager) earlier(f *function, id string) *instance {
+// earlier finds the Instance that an allocation of an earlier term got, or is getting.
+func (m *Manager) earlier(f *function, id string) (found *instance) {
 	for i := range m.index.functions[f.name] {
-		if i.routable() && allocationOf(i.claim) == id {
+		if allocationOf(i.claim) != id {
+			continue
+		}
+		if i.routable() {
 			return i
 		}
+		if i.pending() && i.state == hearthv1.State_STATE_CLAIMED {
+			found = i
+		}
 	}
-	return nil
+	return found
 }
 
 // A claim's id is the allocation's with the attempt after a last slash.

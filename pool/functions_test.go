@@ -239,6 +239,59 @@ func TestRestartAdoptsWhatServesAndDiscardsWhatIsUnknown(t *testing.T) {
 	})
 }
 
+// Whoever asked the manager of before asks the next one by the same id, at whatever moment: it gets the Instance that was claimed for it then,
+// and no second one is.
+func TestAllocationOutlivesItsTerm(t *testing.T) {
+	for name, c := range map[string]struct {
+		asked   time.Duration // before the manager is killed
+		away    time.Duration // of the node after that
+		waiting time.Duration // before it is asked again
+	}{
+		"it has begun":                        {time.Second, 0, time.Second},
+		"it has begun, the node tells later":  {time.Second, 3 * time.Second, 0},
+		"it is done":                          {10 * time.Second, 0, time.Second},
+		"it is done, the node tells later":    {10 * time.Second, 3 * time.Second, 0},
+		"it ends while the manager is away":   {4 * time.Second, 0, 3 * time.Second},
+		"it ends before the node tells of it": {4 * time.Second, 3 * time.Second, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newFakeNode(t, "node")
+				n.activateTime = 5 * time.Second
+				config := one(n)
+				m := start(t, config)
+				time.Sleep(time.Second)
+				m.apply("f", nil)
+				asked := make(chan struct{})
+				go func() {
+					_, _ = m.allocate("f", "same", time.Minute)
+					close(asked)
+				}()
+				time.Sleep(c.asked)
+				n.on(func() { n.down = c.away > 0 })
+				defer m.stop()
+				m.cancel() // and what it has begun goes on
+				<-asked
+				m = start(t, config)
+				defer m.stop()
+				time.Sleep(c.waiting)
+				time.AfterFunc(c.away, func() { n.on(func() { n.down = false }) })
+				res, err := m.allocate("f", "same", time.Minute)
+				if err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Minute)
+				if got := allocationOf(res.GetInstance().GetClaim().GetId()); got != "same" || n.in("f", serves) != 1 || n.in("f", claimed) != 0 {
+					t.Errorf("claim of %q, %d serve, %d are claimed", got, n.in("f", serves), n.in("f", claimed))
+				}
+				n.check()
+			})
+		})
+	}
+}
+
+func allocationOf(claim string) string { return claim[:strings.LastIndexByte(claim, '/')] }
+
 func TestPreparedAgainWhenANodeComesBack(t *testing.T) {
 	bubble(t, func(t *testing.T, n *fakeNode, m *running) {
 		m.apply("a", nil)

@@ -278,10 +278,11 @@ func (m *Manager) served(now time.Time, i *instance) {
 	}
 }
 
-// waiter is the allocation in the queue whose last claim is on an Instance: its answer was lost.
+// waiter is the allocation in the queue that an Instance is for: its last claim is on it, and its answer was lost; or it has made none,
+// and an earlier term has, of which its node tells only now.
 func (m *Manager) waiter(i *instance) *allocation {
 	for _, a := range m.queue {
-		if a.claim != nil && a.claim.GetId() == i.claim.GetId() {
+		if a.claim != nil && a.claim.GetId() == i.claim.GetId() || a.claim == nil && a.id == allocationOf(i.claim) {
 			return a
 		}
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/hearth-serverless/hearth/internal/daemon"
 	"github.com/hearth-serverless/hearth/internal/images"
 	"github.com/hearth-serverless/hearth/internal/keychain"
+	"github.com/hearth-serverless/hearth/internal/pki"
 	"github.com/hearth-serverless/hearth/layer"
 	"github.com/hearth-serverless/hearth/prefetch"
 	"github.com/hearth-serverless/hearth/registry"
@@ -31,6 +32,7 @@ import (
 type options struct {
 	node, root, socket, containerd, cgroup, snapshotterSocket, imageSocket, hostsDir, dockerConfig string
 
+	network   daemon.Network
 	keepBlobs bool
 	memory    int64
 	limits    layer.Limits
@@ -41,12 +43,9 @@ type options struct {
 func main() {
 	o := &options{}
 	os.Exit(daemon.Main(daemon.Service{
-		Name:  "nodeagent",
-		Short: "unpack images and keep instances on this node",
+		Name: "nodeagent", Short: "unpack images and keep instances on this node", Flags: o.flags, Run: o.run,
 		Long: "nodeagent is containerd's proxy snapshotter, which fetches, decompresses and unpacks layers in parallel, and keeps\n" +
 			"the node's instances. It may be restarted at any time: containers go on, and it finds them again.",
-		Flags: o.flags,
-		Run:   o.run,
 	}))
 }
 
@@ -54,6 +53,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.node, "name", "node", "this node's name, the same after each start")
 	f.StringVar(&o.root, "root", "/var/lib/hearth/node", "folder of logs and of files for instances")
 	f.StringVar(&o.socket, "socket", "/run/hearth/node.sock", "Unix socket to serve on")
+	o.network.Flags(f)
 	f.StringVar(&o.containerd, "containerd-socket", "/run/containerd/containerd.sock", "containerd's socket")
 	f.StringVar(&o.cgroup, "cgroup-parent", "/hearth", "cgroup that instances are made in")
 	f.StringVar(&o.snapshotterSocket, "snapshotter-socket", "/run/hearth/snapshotter.sock", "Unix socket to serve the snapshotter on")
@@ -113,6 +113,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	group.Go(func() error { return secrets.Serve(ctx, o.imageSocket, snaps.Fetch) })
 	group.Go(func() error { return engine.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.socket, mux) })
+	group.Go(func() error { return o.network.Serve(ctx, rt.Log, mux, pki.Poolmanager, pki.Admin) })
 	group.Go(func() error { return rt.Ready.Follow(ctx, "containerd", engine.Ready) })
 	return group.Wait()
 }
@@ -140,9 +141,8 @@ func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*s
 	return s, blobs, err
 }
 
-func phases(s *snapshotter.Snapshotter, ref string) ([]instance.Phase, bool) {
+func phases(s *snapshotter.Snapshotter, ref string) (out []instance.Phase, ok bool) {
 	pulled, ok := s.Trace(ref)
-	var out []instance.Phase
 	for _, p := range pulled {
 		out = append(out, instance.Phase{Name: p.Name, Start: p.Start, Duration: p.Duration})
 	}

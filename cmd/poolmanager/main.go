@@ -17,6 +17,7 @@ import (
 
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
 	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/pki"
 	"github.com/hearth-serverless/hearth/pool"
 	"github.com/hearth-serverless/hearth/pool/store"
 	"github.com/hearth-serverless/hearth/scaler"
@@ -29,6 +30,7 @@ const maxRequestBytes = 8 << 20
 type options struct {
 	rpcSocket    string
 	nodeSockets  []string
+	network      daemon.Network
 	store        string
 	poolSize     int
 	claims       int
@@ -57,6 +59,7 @@ func main() {
 
 func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.rpcSocket, "rpc-socket", "/run/hearth/pool.sock", "Unix socket to serve on")
+	o.network.Flags(f)
 	f.StringArrayVar(&o.nodeSockets, "node-socket", []string{"node=/run/hearth/node.sock"}, "NAME=PATH of a nodeagent's socket; may be repeated")
 	f.StringVar(&o.store, "store", "/var/lib/hearth/pool.db", "file of functions; made if there is none")
 	f.IntVar(&o.poolSize, "pool-size", pool.DefaultPoolSize, "empty sandboxes that each node keeps, for images and for runtimes of which none is booted; runtimes have their own number")
@@ -120,6 +123,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) (err error) {
 	group.Go(func() error { return manager.Run(ctx) })
 	group.Go(func() error { return loop.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.rpcSocket, mux) })
+	group.Go(func() error { return o.network.Serve(ctx, rt.Log, mux, pki.Gateway, pki.Admin) })
 	return group.Wait()
 }
 

@@ -21,8 +21,8 @@ const maxMainLines = 150
 
 // floors places every room. A package may import its own room and rooms of lower floors, nothing else of this module.
 var floors = map[string]int{
-	"internal/relay": 0,
-	"api":            1, "registry": 1, "deploy": 1,
+	"internal/relay": 0, "internal/pki": 0,
+	"api": 1, "registry": 1, "deploy": 1,
 	"internal/daemon": 1, "internal/bpf": 1, "internal/waterfall": 1, "internal/logfile": 1, "internal/archtest": 1,
 	"internal/doctor": 2, "internal/keychain": 2, "internal/contentstore": 2, "internal/cripull": 2, "sidecar": 2,
 	"runtimes": 1,

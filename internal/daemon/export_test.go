@@ -1,7 +1,8 @@
 package daemon
 
-// What the tests reach inside: the parser, for fuzzing, and the part of Execute without sockets, for synthetic time.
+// What the tests reach inside: the parser, for fuzzing, and parts without sockets, for synthetic time.
 var (
 	ApplyConfig = applyConfig
 	Supervise   = supervise
+	UntilExpiry = untilExpiry
 )

@@ -38,19 +38,27 @@ func ServeUnix(ctx context.Context, path string, h http.Handler) error {
 }
 
 func serve(ctx context.Context, l net.Listener, h http.Handler) error {
-	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	defer cancel()
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
-	server := &http.Server{
-		Handler:           endStreams(ctx, h),
-		Protocols:         protocols,
-		ReadHeaderTimeout: 10 * time.Second,
-		BaseContext:       func(net.Listener) context.Context { return base },
-	}
+	return runServer(ctx, l, &http.Server{Handler: h, Protocols: protocols})
+}
+
+// runServer serves until ctx is done, as ServeUnix says; with TLS if the server has it.
+func runServer(ctx context.Context, l net.Listener, server *http.Server) error {
+	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	server.Handler = endStreams(ctx, server.Handler)
+	server.ReadHeaderTimeout = 10 * time.Second
+	server.BaseContext = func(net.Listener) context.Context { return base }
 	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(relay.Listener(l)) }()
+	go func() {
+		if server.TLSConfig != nil {
+			failed <- server.ServeTLS(relay.Listener(l), "", "")
+			return
+		}
+		failed <- server.Serve(relay.Listener(l))
+	}()
 	select {
 	case err := <-failed:
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
@@ -78,7 +86,7 @@ func drain(base context.Context, cancel func(), server *http.Server) {
 // endStreams cancels streaming calls (watches, logs) as soon as stop is done: they would never end by themselves.
 func endStreams(stop context.Context, h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !strings.HasPrefix(r.Header.Get("Content-Type"), "application/connect+") {
+		if !isStream(r) {
 			h.ServeHTTP(w, r)
 			return
 		}
@@ -87,6 +95,10 @@ func endStreams(stop context.Context, h http.Handler) http.Handler {
 		defer context.AfterFunc(stop, cancel)()
 		h.ServeHTTP(w, r.WithContext(ctx))
 	})
+}
+
+func isStream(r *http.Request) bool {
+	return strings.HasPrefix(r.Header.Get("Content-Type"), "application/connect+")
 }
 
 // Server is what ServeUnixWith runs: Stop ends Serve, also one that has not begun.
@@ -172,21 +184,26 @@ func UnixClient(path string) *http.Client {
 	dial := func(ctx context.Context) (net.Conn, error) {
 		return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", path)
 	}
+	return newClient(dial, dial, idleCallTime, &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second})
+}
+
+// newClient makes a client of two ways to connect: for unary calls and for the rest.
+func newClient(calls, rest func(context.Context) (net.Conn, error), idle time.Duration, pings *http.HTTP2Config) *http.Client {
 	protocols := new(http.Protocols)
 	protocols.SetUnencryptedHTTP2(true)
 	return &http.Client{Transport: byKind{
-		calls: relay.NewTransport(relay.TransportConfig{Dial: dial, MaxIdle: maxIdleCalls, IdleTime: idleCallTime}),
+		calls: relay.NewTransport(relay.TransportConfig{Dial: calls, MaxIdle: maxIdleCalls, IdleTime: idle}),
 		rest: &http.Transport{
 			Protocols:   protocols,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
-			HTTP2:       &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return rest(ctx) },
+			HTTP2:       pings,
 		},
 	}}
 }
 
 const (
 	maxIdleCalls = 64        // connections that are kept for calls to come; more are made when they are needed
-	idleCallTime = time.Hour // our servers close none
+	idleCallTime = time.Hour // on one machine; our servers close none
 )
 
 // byKind sends unary RPCs over connections of HTTP/1.1, one call at a time each, in the goroutine that makes the call: a start is a chain

@@ -41,8 +41,8 @@ func NewConn(c Stream) (*Conn, error) {
 	return &Conn{c, raw}, nil
 }
 
-// takeOver takes a connection over if it is a stream's; any other remains what it is.
-func takeOver(c net.Conn) net.Conn {
+// TakeOver takes a connection over if it is a stream's; any other remains what it is.
+func TakeOver(c net.Conn) net.Conn {
 	if s, ok := c.(Stream); ok {
 		if conn, err := NewConn(s); err == nil {
 			return conn
@@ -134,5 +134,5 @@ func (l listener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return takeOver(c), nil
+	return TakeOver(c), nil
 }

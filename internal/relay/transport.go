@@ -86,7 +86,7 @@ func (c *TransportConfig) dial(ctx context.Context) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return takeOver(conn), nil
+	return TakeOver(conn), nil
 }
 
 // needsHTTP2 tells whether a request has to go on over HTTP/2: gRPC needs it all the way. Everything else takes HTTP/1.1, which

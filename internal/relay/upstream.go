@@ -47,7 +47,11 @@ func (s source) Read(b []byte) (int, error) {
 
 // quiet says whether an idle connection is as it should be, as far as that can be seen.
 func (c *upstream) quiet() bool {
-	conn, ok := c.Conn.(*Conn)
+	raw := c.Conn
+	if over, ok := raw.(interface{ NetConn() net.Conn }); ok { // TLS, under which nothing has to come either
+		raw = over.NetConn()
+	}
+	conn, ok := raw.(*Conn)
 	return !ok || conn.quiet()
 }
 
