@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
 
 // zoneLabel is where Kubernetes says what fails together.
@@ -31,6 +33,51 @@ type NodeInfo struct {
 	Labels map[string]string
 	// Cordoned: nothing is made or claimed there any more, and what is warm is given up. What serves goes on.
 	Cordoned bool
+	// Unready: nothing is made there for now. Nodeagent's own word decides about all else.
+	Unready bool
+}
+
+// Instance tells of one, or returns nil if there is none of that id.
+func (m *Manager) Instance(id string) *hearthv1.Instance {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	i := m.instances[id]
+	if i == nil || i.state == hearthv1.State_STATE_GONE {
+		return nil
+	}
+	return i.shown()
+}
+
+// InPod lists the Instances that are in a pod: the one that it was made for, and a group's others.
+func (m *Manager) InPod(pod string) (all []*hearthv1.Instance) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if i := m.instances[pod]; i != nil && i.state != hearthv1.State_STATE_GONE {
+		all = append(all, i.shown())
+	}
+	for _, set := range m.index.groups {
+		for i := range set {
+			if i.podID() == pod && i.id != pod {
+				all = append(all, i.shown())
+			}
+		}
+	}
+	return all
+}
+
+// NodeUp says whether a node is connected and has told of all its Instances.
+func (m *Manager) NodeUp(name string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := m.nodes[name]
+	return n != nil && n.synced
+}
+
+// SupplyErrors says on which nodes no warm Instance of a Runtime, or no sandbox for the empty name, could be made, and why.
+func (m *Manager) SupplyErrors(runtime string) []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.supplyErrors(runtime)
 }
 
 // WarmSet is a number of warm Instances that each node which it covers keeps, beside Config.PoolSize and what Runtimes ask for
@@ -39,8 +86,8 @@ type WarmSet struct {
 	// Runtime is booted in them; empty is a sandbox.
 	Runtime string
 	PerNode int
-	// Covers says whether a node with these labels is meant; nil is every node.
-	Covers func(labels map[string]string) bool
+	// Covers says whether a node is meant; nil is every node. It must not block.
+	Covers func(name string, info NodeInfo) bool
 }
 
 var errNodeGone = errors.New("the node was removed")
@@ -141,7 +188,7 @@ func (m *Manager) SetWarmSets(sets []WarmSet) {
 func (m *Manager) measure(n *node) {
 	n.sizes = map[string]int{}
 	for _, s := range m.warmSets {
-		if s.Covers == nil || s.Covers(n.info.Labels) {
+		if s.Covers == nil || s.Covers(n.name, n.info) {
 			n.sizes[s.Runtime] += max(0, s.PerNode)
 		}
 	}

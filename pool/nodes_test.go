@@ -127,7 +127,7 @@ func TestWarmSets(t *testing.T) {
 		r.add(a, pool.NodeInfo{Labels: map[string]string{"disk": "fast"}})
 		r.add(b, pool.NodeInfo{})
 		r.applyRuntime("python", 0)
-		fast := func(l map[string]string) bool { return l["disk"] == "fast" }
+		fast := func(_ string, n pool.NodeInfo) bool { return n.Labels["disk"] == "fast" }
 		r.SetWarmSets([]pool.WarmSet{{Runtime: "python", PerNode: 2, Covers: fast}, {PerNode: 1}, {Runtime: "python", PerNode: 1}, {Runtime: "unknown", PerNode: 4}})
 		time.Sleep(10 * time.Second)
 		if a.booted("python") != 3 || b.booted("python") != 1 || a.booted("") != 1 || b.booted("") != 1 {

@@ -98,7 +98,7 @@ func (m *Manager) stocks(now time.Time, shelves []shelf, waiting map[kind]int) m
 			}
 			k.warm = len(m.index.spare[place{n.name, k.kind}])
 			k.retry = n.supply(k.kind.runtime).retry
-			k.closed = n.info.Cordoned || !m.ready(now, n, k.kind)
+			k.closed = n.info.Cordoned || n.info.Unready || !m.ready(now, n, k.kind)
 		}
 		all[n.name] = s
 	}
