@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"path/filepath"
 	"slices"
@@ -297,7 +298,9 @@ type lot struct {
 	hearthv1connect.UnimplementedAllocationServiceHandler
 	mu      sync.Mutex // guards claims
 	claims  map[string]string
-	leading atomic.Int64 // which one leads
+	leading atomic.Int64  // which one leads
+	asked   chan string   // if not nil, is told each id,
+	hold    chan struct{} // and then this is waited for
 }
 
 type seatOf struct {
@@ -309,6 +312,10 @@ var errStandby = errors.New("this poolmanager is a standby")
 
 func (s seatOf) Allocate(ctx context.Context, req *connect.Request[hearthv1.AllocateRequest]) (*connect.Response[hearthv1.AllocateResponse], error) {
 	id := req.Msg.GetId()
+	if s.asked != nil {
+		s.asked <- id
+		<-s.hold
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.leading.Load() != s.own {
@@ -331,14 +338,14 @@ func (s seatOf) Watch(ctx context.Context, _ *connect.Request[hearthv1.WatchRequ
 	return ctx.Err()
 }
 
-// Leaders come and go, over TLS, while fifty callers ask for Instances again and again: all get theirs, and each the same when it asks again.
-func TestLeaderSwitchesUnderCalls(t *testing.T) {
+// newKeys gives identities by an authority of their own.
+func newKeys(t *testing.T) func(identity string) *pki.Dir {
 	now := time.Now()
 	authorities, _, err := pki.Authorities{}.Renew(now)
 	if err != nil {
 		t.Fatal(err)
 	}
-	keys := func(identity string) *pki.Dir {
+	return func(identity string) *pki.Dir {
 		b, err := authorities.Issue(now, identity)
 		if err != nil {
 			t.Fatal(err)
@@ -353,33 +360,50 @@ func TestLeaderSwitchesUnderCalls(t *testing.T) {
 		}
 		return d
 	}
+}
+
+func serveSeat(t *testing.T, keys *pki.Dir, s seatOf) (address string, stop func()) {
+	t.Helper()
+	l, err := daemon.ListenTLS(t.Context(), "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle(hearthv1connect.NewAllocationServiceHandler(s))
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- daemon.ServeTLS(ctx, slog.New(slog.DiscardHandler), l, keys, mux, pki.Gateway)
+	}()
+	return l.Addr().String(), sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func connectWith(keys *pki.Dir) func(address string) (gateway.Pool, func()) {
+	return func(address string) (gateway.Pool, func()) {
+		client := daemon.TLSClient(keys, pki.Poolmanager, address)
+		return gateway.NewRemote(client, "http://hearth"), client.CloseIdleConnections
+	}
+}
+
+// Leaders come and go, over TLS, while fifty callers ask for Instances again and again: all get theirs, and each the same when it asks again.
+func TestLeaderSwitchesUnderCalls(t *testing.T) {
+	keys := newKeys(t)
 	ours, theirs := keys(pki.Gateway), keys(pki.Poolmanager)
 	all := &lot{claims: map[string]string{}}
 	all.leading.Store(-1)
 	var mu sync.Mutex // guards addresses
 	addresses := make([]string, 3)
 	serve := func(n int) (stop func()) {
-		l, err := daemon.ListenTLS(t.Context(), "127.0.0.1:0")
-		if err != nil {
-			t.Error(err)
-			return func() {}
-		}
+		address, stop := serveSeat(t, theirs, seatOf{lot: all, own: int64(n)})
 		mu.Lock()
-		addresses[n] = l.Addr().String()
-		mu.Unlock()
-		mux := http.NewServeMux()
-		mux.Handle(hearthv1connect.NewAllocationServiceHandler(seatOf{lot: all, own: int64(n)}))
-		ctx, cancel := context.WithCancel(context.Background())
-		done := make(chan error, 1)
-		go func() {
-			done <- daemon.ServeTLS(ctx, slog.New(slog.DiscardHandler), l, theirs, mux, pki.Gateway)
-		}()
-		return sync.OnceFunc(func() {
-			cancel()
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
-		})
+		defer mu.Unlock()
+		addresses[n] = address
+		return stop
 	}
 	stops := make([]func(), len(addresses))
 	for n := range addresses {
@@ -391,10 +415,7 @@ func TestLeaderSwitchesUnderCalls(t *testing.T) {
 			defer mu.Unlock()
 			return slices.Clone(addresses), nil
 		},
-		Connect: func(address string) (gateway.Pool, func()) {
-			client := daemon.TLSClient(ours, pki.Poolmanager, address)
-			return gateway.NewRemote(client, "http://hearth"), client.CloseIdleConnections
-		},
+		Connect: connectWith(ours),
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	var work sync.WaitGroup
@@ -440,6 +461,96 @@ func TestLeaderSwitchesUnderCalls(t *testing.T) {
 	if len(all.claims) < 300 {
 		t.Errorf("%d claims", len(all.claims))
 	}
+}
+
+// A leader falls silent, as when its machine loses its power: nothing is refused and nothing ends. What waits for it is done by the next.
+func TestSilentLeader(t *testing.T) {
+	keys := newKeys(t)
+	ours, theirs := keys(pki.Gateway), keys(pki.Poolmanager)
+	all := &lot{claims: map[string]string{}, asked: make(chan string, 10), hold: make(chan struct{})}
+	silent := make(chan struct{})
+	addresses := make([]string, 2)
+	for n := range addresses {
+		l, stop := serveSeat(t, theirs, seatOf{lot: all, own: int64(n)})
+		t.Cleanup(stop)
+		addresses[n] = l
+	}
+	addresses[0] = between(t, addresses[0], silent)
+	leader := gateway.NewLeader(gateway.LeaderConfig{
+		Resolve: func(context.Context) ([]string, error) { return addresses, nil },
+		Connect: connectWith(ours),
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	var work sync.WaitGroup
+	work.Go(func() {
+		for ctx.Err() == nil {
+			_ = leader.Watch(ctx, "gw", func(*hearthv1.WatchResponse) {})
+		}
+	})
+	answers := make(chan string, 1)
+	work.Go(func() { answers <- askUntil(ctx, t, leader, "one") })
+	<-all.asked // and the leader takes its time
+	close(silent)
+	all.leading.Store(1)
+	if id := <-all.asked; id != "one" {
+		t.Errorf("asked for %q", id)
+	}
+	close(all.hold)
+	if <-answers == "" {
+		t.Error("no answer")
+	}
+	cancel()
+	work.Wait()
+}
+
+// between is the address of a relay that says nothing any more once silent is closed.
+func between(t *testing.T, address string, silent <-chan struct{}) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var work sync.WaitGroup
+	pass := func(from, to net.Conn) {
+		defer context.AfterFunc(ctx, func() { _ = from.Close() })()
+		buffer := make([]byte, 64<<10)
+		for {
+			n, err := from.Read(buffer)
+			select {
+			case <-silent:
+				<-ctx.Done()
+				_ = from.Close()
+				return
+			default:
+			}
+			if _, failed := to.Write(buffer[:n]); err != nil || failed != nil {
+				_, _ = from.Close(), to.Close()
+				return
+			}
+		}
+	}
+	work.Go(func() {
+		for {
+			theirs, err := l.Accept()
+			if err != nil {
+				return
+			}
+			ours, err := net.Dial("tcp", address)
+			if err != nil {
+				_ = theirs.Close()
+				continue
+			}
+			work.Go(func() { pass(theirs, ours) })
+			work.Go(func() { pass(ours, theirs) })
+		}
+	})
+	t.Cleanup(func() {
+		cancel()
+		_ = l.Close()
+		work.Wait()
+	})
+	return l.Addr().String()
 }
 
 // askUntil asks as the gateway does: again while nobody can say.

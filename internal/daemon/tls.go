@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -25,6 +27,7 @@ const (
 	handshakeTime = 2 * time.Second
 	deadTime      = 3 * time.Second
 	probeTime     = time.Second
+	maxStrangers  = 256
 	idleTLSTime   = time.Minute // of connections for calls: each is asked now and then whether it lives
 )
 
@@ -82,10 +85,36 @@ func ServeTLS(ctx context.Context, log *slog.Logger, l net.Listener, keys *pki.D
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	return runServer(ctx, l, &http.Server{
-		Handler: untilExpiry(h), Protocols: protocols, TLSConfig: keys.Server(allowed...),
+		Handler: untilExpiry(h), Protocols: protocols, TLSConfig: keys.Server(allowed...), ConnState: new(strangers).state,
 		HTTP2:    &http.HTTP2Config{SendPingTimeout: probeTime, PingTimeout: deadTime - probeTime},
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug), // any stranger may cause a line
 	})
+}
+
+// strangers are connections of which nobody knows yet whose they are. Anyone who reaches the port can open any number, so the oldest has to
+// go when there are too many; who may come in is in within milliseconds.
+type strangers struct {
+	mu  sync.Mutex // guards all
+	all []net.Conn // the oldest first
+}
+
+// state is what http.Server calls.
+func (s *strangers) state(c net.Conn, now http.ConnState) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now != http.StateNew {
+		if n := slices.Index(s.all, c); n >= 0 {
+			s.all = slices.Delete(s.all, n, n+1)
+		}
+		return
+	}
+	if s.all = append(s.all, c); len(s.all) <= maxStrangers {
+		return
+	}
+	if over, ok := s.all[0].(*tls.Conn); ok {
+		_ = over.NetConn().Close() // without a word
+	}
+	s.all = slices.Delete(s.all, 0, 1)
 }
 
 // untilExpiry ends what a client's certificate has begun when that expires: streams then, connections with their next call.

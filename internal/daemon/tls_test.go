@@ -196,6 +196,32 @@ func TestTLSRefuses(t *testing.T) {
 	}
 }
 
+// Strangers who open connections and say nothing keep nobody out, and are not kept for long.
+func TestStrangersKeepNobodyOut(t *testing.T) {
+	a := authority(t)
+	address, _ := node(t, identity(t, a, pki.Nodeagent), http.HandlerFunc(say))
+	var first net.Conn
+	for n := range 600 {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if n == 0 {
+			first = conn
+		}
+	}
+	if _, err := first.Read(make([]byte, 1)); err == nil {
+		t.Error("the first stranger was spoken to")
+	}
+	client := daemon.TLSClient(identity(t, a, pki.Poolmanager), pki.Nodeagent, address)
+	for _, kind := range []string{unary, stream} {
+		if got, err := call(t.Context(), client, kind); err != nil {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+}
+
 func mustListen(t *testing.T) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")

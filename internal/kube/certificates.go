@@ -255,7 +255,7 @@ func (c *Certificates) get(ctx context.Context, name string) (*corev1.Secret, er
 	err := c.config.Client.Get(ctx, client.ObjectKey{Namespace: c.config.Namespace, Name: name}, s)
 	if err != nil {
 		s = &corev1.Secret{ObjectMeta: metav1.ObjectMeta{
-			Namespace: c.config.Namespace, Name: name, Labels: map[string]string{"app.kubernetes.io/part-of": "hearth"},
+			Namespace: c.config.Namespace, Name: name, Labels: map[string]string{"app.kubernetes.io/name": "hearth"},
 		}}
 	}
 	return s, err

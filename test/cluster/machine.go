@@ -133,12 +133,18 @@ func join(pid int, name string, kind int) error {
 	return unix.Setns(fd, kind)
 }
 
-// onThread calls f on a thread that ends with it, since it has come to be in other namespaces than all others.
+// onThread calls f on a thread that ends with it, since it has come to be in other namespaces than all others. It is never the
+// first one: that cannot end before the process, and what /proc/self tells is its.
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: so the thread ends
-		done <- f()
+		runtime.LockOSThread()
+		if unix.Gettid() != os.Getpid() {
+			done <- f() // and the thread is never unlocked: so it ends
+			return
+		}
+		defer runtime.UnlockOSThread()
+		done <- onThread(f) // which cannot get this thread, as it is locked
 	}()
 	return <-done
 }
