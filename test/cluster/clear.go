@@ -24,7 +24,7 @@ const (
 // ErrDown says that there is nothing of a cluster.
 var ErrDown = errors.New("there is no cluster")
 
-// extent is how much clear removes.
+// extent is how much removeAll removes.
 type extent int
 
 const (
@@ -55,7 +55,7 @@ func Down(ctx context.Context, dir string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, clearTime)
 	defer cancel()
-	return clear(ctx, dir, everything)
+	return removeAll(ctx, dir, everything)
 }
 
 // Leftovers lists what there is of a cluster: cgroups, in which all its processes are, the host's link and its routes with it, and
@@ -102,8 +102,8 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// clear removes what Leftovers lists. The caller has the lock.
-func clear(ctx context.Context, dir string, what extent) error {
+// removeAll removes what Leftovers lists. The caller has the lock.
+func removeAll(ctx context.Context, dir string, what extent) error {
 	err := errors.Join(
 		host.RemoveCgroup(ctx, cgroup(dir)),
 		removeLink(Config{Dir: dir}.cluster(network{}).hostLink()))

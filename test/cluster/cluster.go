@@ -77,7 +77,7 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if err := owned(config.Dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	if err := clear(ctx, config.Dir, everything); err != nil {
+	if err := removeAll(ctx, config.Dir, everything); err != nil {
 		return nil, err
 	}
 	if err := takeFolder(config.Dir); err != nil {
@@ -86,7 +86,7 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if err := c.start(ctx); err != nil {
 		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
 		defer cancel()
-		return nil, errors.Join(err, clear(ending, config.Dir, exceptFiles))
+		return nil, errors.Join(err, removeAll(ending, config.Dir, exceptFiles))
 	}
 	return c, nil
 }
