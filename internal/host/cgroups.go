@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -64,10 +65,15 @@ func MakeCgroup(path string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Where version 1 has the controllers, version 2 only sorts processes, and is left as it is.
+	only2 := !slices.ContainsFunc(mounts, func(m Mount) bool { return m.Kind == "cgroup" })
 	var out []string
 	for _, point := range CgroupMounts(mounts) {
 		dir := point
 		for _, name := range strings.Split(strings.Trim(path, "/"), "/") {
+			if only2 {
+				delegate(dir)
+			}
 			dir = filepath.Join(dir, name)
 			if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 				return nil, fmt.Errorf("make cgroup: %w", err)
@@ -79,6 +85,18 @@ func MakeCgroup(path string) ([]string, error) {
 		out = append(out, dir)
 	}
 	return out, nil
+}
+
+// delegate lets the cgroups below one of version 2 be limited in all that it is itself; in version 1 the hierarchy says that. What
+// the kernel refuses, who needs it will miss with a better reason.
+func delegate(dir string) {
+	controllers, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	if err != nil {
+		return
+	}
+	for _, name := range strings.Fields(string(controllers)) { // one by one: a single one that is refused would take all others with it
+		_ = os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+name), 0o600)
+	}
 }
 
 // inheritSets gives a new cgroup of version 1's cpuset what the one above it has; by itself it would have nothing.

@@ -24,7 +24,7 @@ const (
 // ErrDown says that there is nothing of a cluster.
 var ErrDown = errors.New("there is no cluster")
 
-// extent is how much clear removes.
+// extent is how much removeAll removes.
 type extent int
 
 const (
@@ -55,7 +55,7 @@ func Down(ctx context.Context, dir string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, clearTime)
 	defer cancel()
-	return clear(ctx, dir, everything)
+	return removeAll(ctx, dir, everything)
 }
 
 // Leftovers lists what there is of a cluster: cgroups, in which all its processes are, the host's link and its routes with it, and
@@ -78,38 +78,47 @@ func Leftovers(dir string) ([]string, error) {
 		out = append(out, "link "+name)
 	}
 	for _, file := range files(dir) {
-		if _, err := os.Lstat(file); err == nil {
-			out = append(out, "file "+file)
-		}
+		out = append(out, "file "+file)
 	}
 	return out, nil
 }
 
-// files are all that a cluster makes in its folder.
+// files are what a cluster has in its folder, the state last: where there is none, nothing is a cluster's.
 func files(dir string) []string {
-	var out []string
-	for _, name := range []string{"cluster.json", "kubeconfig", "pause.tar", "control", "nodes"} {
-		out = append(out, filepath.Join(dir, name))
+	if owned(dir) != nil || !exists(stateFile(dir)) {
+		return nil
 	}
-	return out
+	var out []string
+	for _, name := range []string{"kubeconfig", "pause.tar", "control", "nodes"} {
+		if path := filepath.Join(dir, name); exists(path) {
+			out = append(out, path)
+		}
+	}
+	return append(out, stateFile(dir))
 }
 
-// clear removes what Leftovers lists. The caller has the lock.
-func clear(ctx context.Context, dir string, what extent) error {
-	problems := []error{
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// removeAll removes what Leftovers lists. The caller has the lock.
+func removeAll(ctx context.Context, dir string, what extent) error {
+	err := errors.Join(
 		host.RemoveCgroup(ctx, cgroup(dir)),
-		removeLink(Config{Dir: dir}.cluster(network{}).hostLink()),
-	}
-	if err := errors.Join(problems...); err != nil || what == exceptFiles {
+		removeLink(Config{Dir: dir}.cluster(network{}).hostLink()))
+	if err != nil || what == exceptFiles {
 		return err
 	}
 	for _, file := range files(dir) {
-		problems = append(problems, os.RemoveAll(file))
+		if err := os.RemoveAll(file); err != nil {
+			return err
+		}
 	}
 	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
-		problems = append(problems, err)
+		return err
 	}
-	return errors.Join(problems...)
+	return nil
 }
 
 // lock keeps others from starting or ending the same cluster meanwhile, or from choosing addresses. It is a name in the abstract

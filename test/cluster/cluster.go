@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"syscall"
 	"text/template"
 	"time"
 
@@ -73,25 +74,28 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if _, err := c.control.holder(); err == nil {
 		return nil, fmt.Errorf("the cluster in %s %w: end it first, with `make cluster-down`", config.Dir, ErrUp)
 	}
-	if err := clear(ctx, config.Dir, everything); err != nil {
+	if err := owned(config.Dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if err := removeAll(ctx, config.Dir, everything); err != nil {
+		return nil, err
+	}
+	if err := takeFolder(config.Dir); err != nil {
 		return nil, err
 	}
 	if err := c.start(ctx); err != nil {
 		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
 		defer cancel()
-		return nil, errors.Join(err, clear(ending, config.Dir, exceptFiles))
+		return nil, errors.Join(err, removeAll(ending, config.Dir, exceptFiles))
 	}
 	return c, nil
 }
 
 func (c *Cluster) start(ctx context.Context) error {
-	if err := os.MkdirAll(c.config.Dir, 0o711); err != nil {
+	if err := c.takeNetwork(ctx); err != nil {
 		return err
 	}
 	if err := c.exportPause(ctx); err != nil {
-		return err
-	}
-	if err := c.takeNetwork(ctx); err != nil {
 		return err
 	}
 	if err := c.identities(); err != nil {
@@ -112,6 +116,34 @@ func (c *Cluster) start(ctx context.Context) error {
 		return err
 	}
 	c.progress("DNS on %s; the cluster is up", c.network.control())
+	return nil
+}
+
+// takeFolder makes the cluster's folder, or takes one that is empty: what is in another's is not a cluster's to remove.
+func takeFolder(dir string) error {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	if len(entries) > 0 {
+		return fmt.Errorf("%s is not empty, and no cluster has been in it: choose another folder for the cluster", dir)
+	}
+	return nil
+}
+
+// owned says why a folder, which may be in one that anybody writes to, cannot be trusted to be a cluster's.
+func owned(dir string) error {
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	if !info.IsDir() || !ok || owner.Uid != 0 || info.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("%s is no folder into which only root may write: choose another for the cluster", dir)
+	}
 	return nil
 }
 

@@ -35,7 +35,7 @@ const holder = "machine"
 // ownFolders of a machine are seen below its root. The others there are the host's.
 var ownFolders = []string{"etc", "opt", "run", "var"}
 
-// boot makes the namespaces, and cables in a network namespace that is up already as far as its loopback.
+// boot makes the namespaces and starts their holder. Nothing is up in the network yet.
 func (m machine) boot() error {
 	if err := m.prepareFolders(); err != nil {
 		return fmt.Errorf("machine %s: %w", m.name, err)
@@ -151,10 +151,8 @@ func onThread(f func() error) error {
 
 // holder is the process whose namespaces are the machine's.
 func (m machine) holder() (int, error) {
-	for _, pid := range m.processes(holder) {
-		if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err == nil && strings.TrimSpace(string(name)) != "" {
-			return pid, nil
-		}
+	if pids := m.processes(holder); len(pids) > 0 {
+		return pids[0], nil
 	}
 	return 0, fmt.Errorf("machine %s is not up", m.name)
 }
@@ -174,7 +172,6 @@ func (m machine) processes(name string) []int {
 type program struct {
 	name string // of its cgroup and its log
 	args []string
-	env  []string
 }
 
 // keep puts itself into the cgroups that its first argument lists, before there is anything else to put there, and keeps a
@@ -210,7 +207,7 @@ func (m machine) start(p program, log string) error {
 	// No context bounds its life: it is the machine's, and ends with it.
 	cmd := &exec.Cmd{
 		Path: args[0], Args: args, Dir: "/", Stdout: out, Stderr: out,
-		Env:         append([]string{"PATH=" + m.path(), "HOME=/root"}, p.env...),
+		Env:         []string{"PATH=" + m.path(), "HOME=/root"},
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}
 	// What this process was given open, a lock's file for one, is not for what outlives it.

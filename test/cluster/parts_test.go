@@ -175,3 +175,47 @@ func TestMachine(t *testing.T) {
 		t.Error("a machine that is gone can be entered")
 	}
 }
+
+// What a folder holds that is no cluster's is not touched.
+func TestForeignFolder(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	dir := t.TempDir()
+	file := filepath.Join(dir, "nodes")
+	if err := os.WriteFile(file, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	config := cluster.Config{Dir: dir, Tools: []string{"/none"}}
+	if _, err := cluster.Start(t.Context(), config); err == nil || !strings.Contains(err.Error(), "not empty") {
+		t.Errorf("start in a folder that is not empty: %v", err)
+	}
+	if err := cluster.Down(t.Context(), dir); !errors.Is(err, cluster.ErrDown) {
+		t.Errorf("down of a folder without a cluster: %v", err)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Error(err)
+	}
+	open := t.TempDir()
+	if err := os.Chmod(open, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	config.Dir = open
+	if _, err := cluster.Start(t.Context(), config); err == nil || !strings.Contains(err.Error(), "only root") {
+		t.Errorf("start in a folder that anybody may write to: %v", err)
+	}
+	if _, err := cluster.Open(open); err == nil || !strings.Contains(err.Error(), "make cluster") {
+		t.Errorf("open a folder without a cluster: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(open, "cluster.json"), []byte("{}"), 0o600); err != nil { // as whoever may write there could
+		t.Fatal(err)
+	}
+	if err := cluster.Down(t.Context(), open); !errors.Is(err, cluster.ErrDown) {
+		t.Errorf("down of a folder that anybody may write to: %v", err)
+	}
+	for _, nodes := range []int{-1, cluster.MaxNodes + 1} {
+		if _, err := cluster.Start(t.Context(), cluster.Config{Dir: open, Tools: []string{"/none"}, Nodes: nodes}); err == nil || !strings.Contains(err.Error(), "1 to") {
+			t.Errorf("start %d nodes: %v", nodes, err)
+		}
+	}
+}
