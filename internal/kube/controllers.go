@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -16,20 +18,20 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
-	clientscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/events"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 	"sigs.k8s.io/controller-runtime/pkg/source"
-
-	crd "github.com/hearth-serverless/hearth/api/crd/v1alpha1"
 )
 
 const (
@@ -45,39 +47,47 @@ const (
 	maxMessage = 1024
 )
 
-// Config says whom the controllers work for. All must be set.
-type Config struct {
+// Controllers keep a term's pool in step with the custom resources, and tell in these what came of it. All must be set.
+type Controllers struct {
 	// Namespace of all that Hearth runs.
 	Namespace string
 	Functions Functions
 	Runtimes  Runtimes
 	Pools     WarmPools
 	// URL of a Function at the gateway.
-	URL func(function string) string
+	URL    func(function string) string
+	Logger *slog.Logger
 }
 
-// NewScheme knows Kubernetes' own kinds and Hearth's.
-func NewScheme() *runtime.Scheme {
-	s := runtime.NewScheme()
-	if err := errors.Join(clientscheme.AddToScheme(s), crd.AddToScheme(s)); err != nil {
-		panic(err) // two kinds of one name were compiled in
-	}
-	return s
-}
-
-// AddControllers has a manager run the controllers of all four kinds, for one term: a manager is not started twice. Its cache should be
-// bounded to the namespace, its scheme NewScheme's, and its own leader election off.
-func AddControllers(m manager.Manager, c Config) error {
-	if c.Namespace == "" || c.Functions == nil || c.Runtimes == nil || c.Pools == nil || c.URL == nil {
-		return errors.New("kube: Config is not complete")
+// Run works until ctx ends. The cache runs already and goes on afterwards; it is bounded to the namespace, and its scheme knows
+// Kubernetes' kinds and Hearth's.
+func (c Controllers) Run(ctx context.Context, config *rest.Config, scheme *runtime.Scheme, seen cache.Cache) error {
+	m, err := manager.New(config, manager.Options{
+		Scheme: scheme, Logger: logr.FromSlogHandler(c.Logger.Handler()), Metrics: metricsserver.Options{BindAddress: "0"},
+		NewCache: func(*rest.Config, cache.Options) (cache.Cache, error) { return running{seen}, nil },
+	})
+	if err != nil {
+		return fmt.Errorf("make controllers: %w", err)
 	}
 	o := objects{Client: m.GetClient(), live: m.GetAPIReader(), events: m.GetEventRecorder("hearth-poolmanager")}
-	return errors.Join(
-		addFunctions(m, c, &functions{objects: o, pool: c.Functions, url: c.URL, applied: map[types.NamespacedName]string{}}),
-		addRuntimes(m, c, &runtimes{objects: o, pool: c.Runtimes, applied: map[string]string{}}),
-		addWarmPools(m, c, &warmPools{objects: o, pool: c.Pools}),
-		addRevisions(m, &revisions{objects: o, now: time.Now}),
-	)
+	if err := errors.Join(
+		c.addFunctions(m, &functions{objects: o, pool: c.Functions, url: c.URL, applied: map[types.NamespacedName]string{}}),
+		c.addRuntimes(m, &runtimes{objects: o, pool: c.Runtimes, applied: map[string]string{}}),
+		c.addWarmPools(m, &warmPools{objects: o, pool: c.Pools}),
+		addRevisions(m, &revisions{o}),
+	); err != nil {
+		return fmt.Errorf("make controllers: %w", err)
+	}
+	return m.Start(ctx)
+}
+
+// running is a cache that somebody else has started.
+type running struct{ cache.Cache }
+
+// Start waits, as a manager expects of a cache.
+func (running) Start(ctx context.Context) error {
+	<-ctx.Done()
+	return nil
 }
 
 // objects is how the controllers reach the API server's objects.
@@ -195,7 +205,7 @@ func control[S comparable](m manager.Manager, namespace string, object client.Ob
 		return err
 	}
 	return m.Add(manager.RunnableFunc(func(ctx context.Context) error {
-		return watch(ctx, look, func(name string) {
+		return follow(ctx, look, func(name string) {
 			select {
 			case changed <- event.GenericEvent{Object: &metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}}}:
 			case <-ctx.Done():
@@ -204,8 +214,8 @@ func control[S comparable](m manager.Manager, namespace string, object client.Ob
 	}))
 }
 
-// watch tells of all that the pool has once, and then of each whose state changed, or that is new or gone.
-func watch[S comparable](ctx context.Context, look func(context.Context) (map[string]S, error), tell func(name string)) error {
+// follow tells of all that the pool has once, and then of each whose state changed, or that is new or gone.
+func follow[S comparable](ctx context.Context, look func(context.Context) (map[string]S, error), tell func(name string)) error {
 	ticks := time.NewTicker(lookEvery)
 	defer ticks.Stop()
 	known := map[string]S{}

@@ -22,9 +22,6 @@ import (
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
 
-// secretIndex finds the Functions that name a Secret.
-const secretIndex = "spec.secrets.secretKeyRef.name"
-
 // functions keeps the pool's Functions as the custom resources say.
 type functions struct {
 	objects
@@ -43,10 +40,7 @@ type functionState struct {
 	err                      string
 }
 
-func addFunctions(m manager.Manager, c Config, r *functions) error {
-	if err := m.GetFieldIndexer().IndexField(context.Background(), &crd.Function{}, secretIndex, secretsOf); err != nil {
-		return err
-	}
+func (c Controllers) addFunctions(m manager.Manager, r *functions) error {
 	look := func(context.Context) (map[string]functionState, error) {
 		states := map[string]functionState{}
 		for _, f := range c.Functions.Functions() {
@@ -61,26 +55,28 @@ func addFunctions(m manager.Manager, c Config, r *functions) error {
 	})
 }
 
-func secretsOf(o client.Object) []string {
+// secretsOf lists the Secrets that a Function names.
+func secretsOf(f *crd.Function) []string {
 	var names []string
-	if f, ok := o.(*crd.Function); ok {
-		for _, s := range f.Spec.Secrets {
-			names = append(names, s.SecretKeyRef.Name)
-		}
+	for _, s := range f.Spec.Secrets {
+		names = append(names, s.SecretKeyRef.Name)
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
 }
 
-// usersOf lists the Functions that a Secret is in.
+// usersOf lists the Functions that a Secret is in. What the pool keeps for itself is in none.
 func (r *functions) usersOf(ctx context.Context, secret client.Object) []reconcile.Request {
 	var list crd.FunctionList
-	if r.List(ctx, &list, client.InNamespace(secret.GetNamespace()), client.MatchingFields{secretIndex: secret.GetName()}) != nil {
-		return nil // the cache has stopped
+	if owner := metav1.GetControllerOf(secret); owner != nil && owner.Kind == "Revision" ||
+		r.List(ctx, &list, client.InNamespace(secret.GetNamespace()), client.UnsafeDisableDeepCopy) != nil { // the cache has stopped
+		return nil
 	}
-	requests := make([]reconcile.Request, 0, len(list.Items))
+	var requests []reconcile.Request
 	for n := range list.Items {
-		requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[n])})
+		if f := &list.Items[n]; slices.Contains(secretsOf(f), secret.GetName()) {
+			requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(f)})
+		}
 	}
 	return requests
 }

@@ -28,7 +28,7 @@ type runtimeState struct {
 	warm       int32
 }
 
-func addRuntimes(m manager.Manager, c Config, r *runtimes) error {
+func (c Controllers) addRuntimes(m manager.Manager, r *runtimes) error {
 	look := func(ctx context.Context) (map[string]runtimeState, error) {
 		list, err := c.Runtimes.ListRuntimes(ctx, connect.NewRequest(&hearthv1.ListRuntimesRequest{}))
 		if err != nil {

@@ -17,7 +17,7 @@ type warmPools struct {
 	pool WarmPools
 }
 
-func addWarmPools(m manager.Manager, c Config, r *warmPools) error {
+func (c Controllers) addWarmPools(m manager.Manager, r *warmPools) error {
 	look := func(context.Context) (map[string]PoolStatus, error) {
 		states := map[string]PoolStatus{}
 		for _, name := range c.Pools.PoolNames() {
