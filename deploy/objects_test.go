@@ -206,6 +206,23 @@ func TestObjectsAreTyped(t *testing.T) {
 	}
 }
 
+// TestRulesOfOperator are those of the file.
+func TestRulesOfOperator(t *testing.T) {
+	text, err := deploy.Seen.ReadFile("prometheus/alerts.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range kustomize(t, "overlays/monitoring") {
+		if o["kind"] == "PrometheusRule" {
+			if diff := cmp.Diff(parse(t, text), o["spec"]); diff != "" {
+				t.Error(diff)
+			}
+			return
+		}
+	}
+	t.Error("there are none")
+}
+
 // workload is what makes pods.
 type workload struct {
 	name, namespace string
