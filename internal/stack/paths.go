@@ -60,6 +60,9 @@ func (p paths) sockets() []string {
 	}
 }
 
+// ContainerdConfig is the configuration of a deployment's private containerd.
+func ContainerdConfig(run string) string { return paths{run: run}.containerdConfig() }
+
 // LogDir is where each daemon of a deployment logs, a file each.
 func LogDir(root string) string { return paths{root: root}.logDir() }
 
