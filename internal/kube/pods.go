@@ -156,7 +156,7 @@ func (p *pods) podFor(node, id, runtime string, w *crd.WarmPool) *corev1.Pod {
 	yes, no, user, grace := true, false, int64(65534), int64(graceSeconds)
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Namespace: p.namespace, Name: id, Labels: map[string]string{
-			nameLabel: "hearth-instance", managedLabel: manager, crd.LabelInstance: id,
+			nameLabel: "hearth-instance", managedLabel: managedBy, crd.LabelInstance: id,
 		}},
 		Spec: corev1.PodSpec{
 			Affinity: &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{
@@ -193,7 +193,7 @@ func (p *pods) podFor(node, id, runtime string, w *crd.WarmPool) *corev1.Pod {
 const (
 	runtimeLabel = "hearth.dev/runtime"
 	managedLabel = "app.kubernetes.io/managed-by"
-	manager      = "hearth-poolmanager"
+	managedBy    = "hearth-poolmanager"
 )
 
 func ownedBy(kind, name string, uid types.UID) metav1.OwnerReference {

@@ -2,6 +2,8 @@ package kube
 
 import (
 	"cmp"
+	"context"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -9,6 +11,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	crd "github.com/hearth-serverless/hearth/api/crd/v1alpha1"
 	"github.com/hearth-serverless/hearth/pool"
@@ -213,4 +216,18 @@ func (p *Pools) all() []*crd.WarmPool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return slices.Collect(maps.Values(p.pools))
+}
+
+// load takes in the WarmPools that there are, so that a new term gives up nothing that they ask for.
+func (p *Pools) load(ctx context.Context, api client.Reader, namespace string) error {
+	var all crd.WarmPoolList
+	if err := api.List(ctx, &all, client.InNamespace(namespace)); err != nil {
+		return fmt.Errorf("list warm pools: %w", err)
+	}
+	for i := range all.Items {
+		if all.Items[i].DeletionTimestamp == nil {
+			p.SetPool(&all.Items[i])
+		}
+	}
+	return nil
 }

@@ -8,21 +8,25 @@ import (
 	"net/http"
 	"time"
 
-	"connectrpc.com/connect"
+	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
-	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 	toolscache "k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/log"
+	"sigs.k8s.io/controller-runtime/pkg/manager"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	crd "github.com/hearth-serverless/hearth/api/crd/v1alpha1"
-	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/pki"
 	"github.com/hearth-serverless/hearth/pool"
 )
 
@@ -34,11 +38,12 @@ const (
 	apiQPS, apiBurst = 200, 400
 )
 
-// Config says how poolmanager works on a cluster.
-type Config struct {
+// Poolmanager is how poolmanager works on a cluster. All must be set, but Kubeconfig.
+type Poolmanager struct {
 	// Kubeconfig is a file's path; empty is the pod's own account, or what kubectl would use.
 	Kubeconfig string
-	// Namespace has Functions, Revisions, Runtimes, WarmPools and Instances' pods; SystemNamespace the Lease and nodeagent's pods.
+	// Namespace has Functions, Revisions, Runtimes, WarmPools and Instances' pods; SystemNamespace the Lease, nodeagent's pods and the
+	// certificates.
 	Namespace, SystemNamespace string
 	// Identity is unique among poolmanagers, and over their restarts.
 	Identity string
@@ -47,57 +52,60 @@ type Config struct {
 	// Requests of an Instance's pod, where its WarmPool names none.
 	Requests corev1.ResourceList
 	NodePort int
-	// Dial makes a client of the nodeagent at an address.
-	Dial func(address string) *http.Client
-	// Pool is what the Manager gets, but for nodes and store.
+	// PrepareNodes is the Manager's.
+	PrepareNodes int
+	// TLSDir is where the certificate is written that nodes and gateways know it by.
+	TLSDir string
+	// URL of a Function at the gateway.
+	URL func(function string) string
+	// Pool is what the Manager gets, but for nodes and store; WarmPools say what waits.
 	Pool pool.Config
-	// Lead serves with the Manager, and ends with ctx.
-	Lead   func(ctx context.Context, m *pool.Manager) error
-	Logger *slog.Logger
+	// Serve is called once there is a certificate, and Lead when there is a Manager. Both end with ctx.
+	Serve func(ctx context.Context) error
+	Lead  func(ctx context.Context, m *pool.Manager) error
+
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
 }
 
 // Run takes part in the election with a cache that is up to date, and leads once it may. It ends when ctx or its term does.
-func Run(ctx context.Context, c Config) error {
+func (c Poolmanager) Run(ctx context.Context) error {
 	config, err := restConfig(c.Kubeconfig)
 	if err != nil {
 		return err
 	}
 	config.QPS, config.Burst = apiQPS, apiBurst
-	scheme, err := newScheme()
+	log.SetLogger(logr.FromSlogHandler(c.Logger.Handler()))
+	scheme := NewScheme()
+	cluster, err := manager.New(config, manager.Options{Scheme: scheme, Cache: c.cacheOptions(scheme), Metrics: metricsserver.Options{BindAddress: "0"},
+		Logger: logr.FromSlogHandler(c.Logger.Handler())})
 	if err != nil {
-		return err
+		return fmt.Errorf("reach the API server: %w", err)
 	}
 	direct, err := client.New(config, client.Options{Scheme: scheme})
 	if err != nil {
 		return fmt.Errorf("reach the API server: %w", err)
 	}
-	seen, err := cache.New(config, cacheOptions(c, scheme))
-	if err != nil {
-		return fmt.Errorf("make a cache of the cluster: %w", err)
-	}
-	cached, err := client.New(config, client.Options{Scheme: scheme, Cache: &client.CacheOptions{Reader: seen, DisableFor: []client.Object{&corev1.Secret{}, &corev1.ConfigMap{}}}})
-	if err != nil {
-		return fmt.Errorf("reach the API server: %w", err)
+	certificates := NewCertificates(CertificatesConfig{Client: direct, Namespace: c.SystemNamespace, Dir: c.TLSDir, Logger: c.Logger, Registerer: c.Registerer})
+	if err := certificates.Ensure(ctx); err != nil {
+		c.Logger.Error("certificates cannot be kept", "err", err) // what is in the folder may do
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return seen.Start(ctx) })
+	group.Go(func() error { return certificates.Run(ctx) })
+	group.Go(func() error { return cluster.Start(ctx) })
+	group.Go(func() error { return c.Serve(ctx) })
 	group.Go(func() error {
-		wake, err := watch(ctx, seen)
+		wake, err := hear(ctx, cluster.GetCache())
 		if err != nil {
 			return err
 		}
-		if !seen.WaitForCacheSync(ctx) {
+		if !cluster.GetCache().WaitForCacheSync(ctx) {
 			return ctx.Err()
 		}
 		elector := &Elector{client: direct, namespace: c.SystemNamespace, identity: c.Identity, log: c.Logger}
-		return elector.Run(ctx, func(ctx context.Context, t *Term) error { return lead(ctx, c, t, cached, direct, wake) })
+		return elector.Run(ctx, func(ctx context.Context, t *Term) error { return c.lead(ctx, t, cluster, wake) })
 	})
 	return group.Wait()
-}
-
-func newScheme() (*runtime.Scheme, error) {
-	s := runtime.NewScheme()
-	return s, errors.Join(clientgoscheme.AddToScheme(s), crd.AddToScheme(s))
 }
 
 func restConfig(path string) (*rest.Config, error) {
@@ -117,7 +125,7 @@ func restConfig(path string) (*rest.Config, error) {
 }
 
 // cacheOptions keep in memory what is Hearth's, and of that what is looked at.
-func cacheOptions(c Config, scheme *runtime.Scheme) cache.Options {
+func (c Poolmanager) cacheOptions(scheme *runtime.Scheme) cache.Options {
 	agents := labels.SelectorFromSet(labels.Set{nameLabel: NodeagentName})
 	pods := map[string]cache.Config{c.Namespace: {}}
 	if c.SystemNamespace != c.Namespace {
@@ -142,8 +150,8 @@ func slimNode(o any) (any, error) {
 	return o, nil
 }
 
-// watch fills the cache, and tells of changes of nodes and pods. What comes while nobody listens is one reason to look.
-func watch(ctx context.Context, seen cache.Cache) (<-chan struct{}, error) {
+// hear fills the cache, and tells of changes of nodes and pods. What comes while nobody listens is one reason to look.
+func hear(ctx context.Context, seen cache.Cache) (<-chan struct{}, error) {
 	wake := make(chan struct{}, 1)
 	heard := func() {
 		select {
@@ -166,20 +174,27 @@ func watch(ctx context.Context, seen cache.Cache) (<-chan struct{}, error) {
 	return wake, nil
 }
 
-// lead is one term: a Manager over what the API server has, nodes and pods in step with it.
-func lead(ctx context.Context, c Config, t *Term, cached client.Client, live client.Reader, wake <-chan struct{}) error {
+// lead is one term: a Manager over what the API server has, nodes and pods in step with it, and the controllers.
+func (c Poolmanager) lead(ctx context.Context, t *Term, cluster manager.Manager, wake <-chan struct{}) error {
+	cached, live := cluster.GetClient(), cluster.GetAPIReader()
 	p := &pods{api: cached, live: live, namespace: c.Namespace, image: c.HolderImage, requests: c.Requests, log: c.Logger}
 	a := newAdopter(p)
 	config := c.Pool
+	config.PoolSize, config.PrepareNodes = -1, c.PrepareNodes
 	config.Store, config.Changed = newRecords(ctx, cached, live, c.Namespace, t), a.changed
 	m, err := pool.New(config)
 	if err != nil {
 		return err
 	}
+	keys, err := pki.OpenDir(c.TLSDir, c.Logger)
+	if err != nil {
+		return err
+	}
+	dial := func(address string) *http.Client { return daemon.TLSClient(keys, pki.Nodeagent, address) }
 	p.manager, p.pools = m, newPools(m)
-	n := &nodes{api: cached, manager: m, pools: p.pools, pods: p, namespace: c.SystemNamespace, port: c.NodePort, dial: c.Dial, log: c.Logger,
+	n := &nodes{api: cached, manager: m, pools: p.pools, pods: p, namespace: c.SystemNamespace, port: c.NodePort, dial: dial, log: c.Logger,
 		known: map[string]knownNode{}}
-	if err := n.reconcile(ctx); err != nil { // a term begins with all that is there
+	if err := errors.Join(p.pools.load(ctx, cached, c.Namespace), n.reconcile(ctx)); err != nil { // a term begins with all that is there
 		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
@@ -187,6 +202,9 @@ func lead(ctx context.Context, c Config, t *Term, cached client.Client, live cli
 	group.Go(func() error { a.run(ctx); return nil })
 	group.Go(func() error { keep(ctx, n, p, wake); return nil })
 	group.Go(func() error { return c.Lead(ctx, m) })
+	if err := AddControllers(cluster, Config{Namespace: c.Namespace, Functions: m, Runtimes: m, Pools: p.pools, URL: c.URL}); err != nil {
+		group.Go(func() error { return err })
+	}
 	return group.Wait()
 }
 
@@ -208,35 +226,8 @@ func keep(ctx context.Context, n *nodes, p *pods, wake <-chan struct{}) {
 	}
 }
 
-// Resources is a Manager whose Functions and Runtimes are the cluster's objects: who asks for a change over RPC is told what to do.
-type Resources struct{ *pool.Manager }
-
-func elsewhere(what string) error {
-	return connect.NewError(connect.CodeFailedPrecondition, errors.New("on Kubernetes "+what))
-}
-
-// Apply implements FunctionService.
-func (Resources) Apply(context.Context, *connect.Request[hearthv1.ApplyRequest]) (*connect.Response[hearthv1.ApplyResponse], error) {
-	return nil, elsewhere("a function is changed by its resource: apply a Function of hearth.dev/v1alpha1, with kubectl or `hearth deploy`")
-}
-
-// Delete implements FunctionService.
-func (Resources) Delete(context.Context, *connect.Request[hearthv1.DeleteRequest]) (*connect.Response[hearthv1.DeleteResponse], error) {
-	return nil, elsewhere("a function is deleted by its resource: `kubectl delete function.hearth.dev NAME`")
-}
-
-// ApplyRuntime implements RuntimeService.
-func (Resources) ApplyRuntime(context.Context, *connect.Request[hearthv1.ApplyRuntimeRequest]) (*connect.Response[hearthv1.ApplyRuntimeResponse], error) {
-	return nil, elsewhere("a runtime is changed by its resource: apply a Runtime of hearth.dev/v1alpha1")
-}
-
-// DeleteRuntime implements RuntimeService.
-func (Resources) DeleteRuntime(context.Context, *connect.Request[hearthv1.DeleteRuntimeRequest]) (*connect.Response[hearthv1.DeleteRuntimeResponse], error) {
-	return nil, elsewhere("a runtime is deleted by its resource: `kubectl delete runtime.hearth.dev NAME`")
-}
-
-// Requests reads what an Instance's pod requests where its WarmPool names nothing.
-func Requests(cpu, memory string) (corev1.ResourceList, error) {
+// requestsFrom reads what an Instance's pod requests where its WarmPool names nothing.
+func requestsFrom(cpu, memory string) (corev1.ResourceList, error) {
 	out := corev1.ResourceList{}
 	for name, text := range map[corev1.ResourceName]string{corev1.ResourceCPU: cpu, corev1.ResourceMemory: memory} {
 		q, err := resource.ParseQuantity(text)

@@ -167,7 +167,7 @@ func (s *records) create(ctx context.Context, r store.Record) error {
 	}
 	name := r.Revision.GetName()
 	made := &crd.Revision{
-		ObjectMeta: metav1.ObjectMeta{Namespace: s.namespace, Name: name, Labels: map[string]string{crd.LabelFunction: r.Name, managedLabel: manager},
+		ObjectMeta: metav1.ObjectMeta{Namespace: s.namespace, Name: name, Labels: map[string]string{crd.LabelFunction: r.Name, managedLabel: managedBy},
 			OwnerReferences: []metav1.OwnerReference{ownedBy("Function", f.Name, f.UID)}},
 		Spec: RevisionSpec(r.Revision, r.Function.GetSpec().GetImage(), name),
 	}
@@ -188,7 +188,7 @@ func (s *records) putSecret(ctx context.Context, r *crd.Revision, files map[stri
 	yes := true
 	secret := &corev1.Secret{
 		ObjectMeta: metav1.ObjectMeta{Namespace: s.namespace, Name: r.Spec.SecretName, OwnerReferences: []metav1.OwnerReference{ownedBy("Revision", r.Name, r.UID)},
-			Labels: map[string]string{crd.LabelRevision: r.Name, crd.LabelFunction: r.Spec.Function, managedLabel: manager}},
+			Labels: map[string]string{crd.LabelRevision: r.Name, crd.LabelFunction: r.Spec.Function, managedLabel: managedBy}},
 		Immutable: &yes, Data: files,
 	}
 	if err := s.api.Create(ctx, secret); err != nil && !apierrors.IsAlreadyExists(err) {
@@ -262,8 +262,8 @@ func (s *records) keepSerial(ctx context.Context, key string, n int64) error {
 	return nil
 }
 
-// accepted is what the pool took over of a Runtime.
-type accepted struct {
+// takenOver is what the pool took over of a Runtime.
+type takenOver struct {
 	Generation int64  `json:"generation"`
 	Image      string `json:"image,omitempty"`
 	Spec       string `json:"spec"` // digest
@@ -275,10 +275,10 @@ func digestOf(r *crd.RuntimeSpec) string {
 }
 
 // acceptedOf reads what was noted on a Runtime. Anybody may have written it: what is not ours says nothing, which costs what is warm.
-func acceptedOf(r *crd.Runtime, deleted int64) accepted {
-	var was accepted
+func acceptedOf(r *crd.Runtime, deleted int64) takenOver {
+	var was takenOver
 	if json.Unmarshal([]byte(r.Annotations[acceptedAnnotation]), &was) != nil || was.Generation <= 0 || was.Generation > maxEpoch {
-		return accepted{Generation: deleted}
+		return takenOver{Generation: deleted}
 	}
 	return was
 }
@@ -324,7 +324,7 @@ func (s *records) PutRuntime(r store.Runtime) error {
 		return s.keepSerial(ctx, "runtime."+r.Name, r.Generation)
 	}
 	spec := RuntimeResource(r.Applied)
-	note := encode(accepted{Generation: r.Generation, Image: r.Image, Spec: digestOf(&spec)})
+	note := encode(takenOver{Generation: r.Generation, Image: r.Image, Spec: digestOf(&spec)})
 	patch := encode(map[string]any{"metadata": map[string]any{"annotations": map[string]string{acceptedAnnotation: string(note)}}})
 	target := &crd.Runtime{ObjectMeta: metav1.ObjectMeta{Namespace: s.namespace, Name: r.Name}}
 	if err := s.api.Patch(ctx, target, client.RawPatch(types.MergePatchType, patch)); err != nil {
