@@ -17,7 +17,7 @@ import (
 )
 
 // mirrored is a Writer with a mirror: the standard output of a process that waits, whose other end is returned.
-func mirrored(t *testing.T) (*logfile.Writer, *os.File) {
+func mirrored(t *testing.T) (*logfile.Writer, *os.File, *os.Process) {
 	t.Helper()
 	r, end, err := os.Pipe()
 	if err != nil {
@@ -51,7 +51,7 @@ func mirrored(t *testing.T) (*logfile.Writer, *os.File) {
 			t.Error(err)
 		}
 	})
-	return w, r
+	return w, r, p.Process
 }
 
 func read(t *testing.T, r io.Reader) string {
@@ -67,7 +67,7 @@ func read(t *testing.T, r io.Reader) string {
 // TestMirror: what is written is passed on by line; what there is no room for is told and holds up nobody; and a reader that has gone
 // is no loss.
 func TestMirror(t *testing.T) {
-	w, r := mirrored(t)
+	w, r, _ := mirrored(t)
 	a, b := w.Stream(), w.Stream()
 	a.Write([]byte("one\ntwo "))
 	b.Write([]byte("other\n"))
@@ -101,9 +101,23 @@ func TestMirror(t *testing.T) {
 	a.Write([]byte("to nobody\n"))
 }
 
+// TestMirrorLetsGo: the pipe ends with the process, whoever still writes to the file.
+func TestMirrorLetsGo(t *testing.T) {
+	w, r, p := mirrored(t)
+	w.Stream().Write([]byte("before\n"))
+	if err := p.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(r)
+	if err != nil || string(text) != "before\n" {
+		t.Errorf("it ends with %q, %v", text, err)
+	}
+	w.Stream().Write([]byte("after\n"))
+}
+
 // TestMirrorIsPaced: whoever reads all gets no more than is good for him.
 func TestMirrorIsPaced(t *testing.T) {
-	w, r := mirrored(t)
+	w, r, _ := mirrored(t)
 	passed := make(chan int64, 1)
 	go func() {
 		n, _ := io.Copy(io.Discard, r) // until it is closed
