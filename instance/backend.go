@@ -24,6 +24,7 @@ type backend interface {
 	tasks
 	sidecars
 	containerList
+	networks
 }
 
 type sandboxes interface {

@@ -84,6 +84,10 @@ type Config struct {
 	// hearth.dev/instance, and one container, "function", that only waits. The kubelet makes their sandboxes and removes them. Empty: the
 	// engine does both.
 	Kubelet string
+	// NetworkDir is the CRI's folder of network namespaces, if its containerd is ours alone: those that have been nobody's for NetworkAge,
+	// by default 2 minutes, are removed. Empty: none are.
+	NetworkDir string
+	NetworkAge time.Duration
 	// ResolvConf is copied into Instances; default /etc/resolv.conf.
 	ResolvConf string
 	// Launcher is the program that waits in warm Instances; default: launcher, beside this program.
@@ -182,6 +186,7 @@ func (c Config) withDefaults() (Config, error) {
 		}
 	}
 	setDefault(&c.RuntimeBootTimeout, time.Minute)
+	setDefault(&c.NetworkAge, strayAge)
 	setDefault(&c.KeptLogs, 10)
 	setDefault(&c.MaxLogBytes, 64<<20)
 	if c.Dial == nil {

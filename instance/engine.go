@@ -36,6 +36,7 @@ type Engine struct {
 	shelf   *shelf
 	codes   *codeStore
 	logs    *logStore
+	strays  *strays // reconcile's
 	cgroups cgroups
 	proc    string // where the kernel tells of memory and processes: /proc
 
@@ -108,6 +109,7 @@ func newEngine(cfg Config, b backend, c cgroups, proc string) (*Engine, error) {
 	e.library = newLibrary(b, cfg.Phases, e.spawn)
 	e.shelf = newShelf(b, e.library, cfg.Prefetch, cfg.Logger, e.spawn, e.starts.lull)
 	e.codes = newCodeStore(b, e.library, cfg.Logger, e.spawn)
+	e.strays = &strays{dir: cfg.NetworkDir, proc: proc, age: cfg.NetworkAge}
 	e.logs = &logStore{root: cfg.Root, kept: cfg.KeptLogs}
 	return e, nil
 }

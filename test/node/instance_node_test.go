@@ -134,6 +134,7 @@ type instanceNode struct {
 	kubelet   string // namespace of the Pods that a kubelet makes; empty: the engine makes sandboxes
 	cgroup    string
 	netns     map[string]bool // those that were there before
+	strayAge  time.Duration   // of network namespaces that are nobody's; 0 is the engine's
 
 	engine *instance.Engine
 	calls  hearthv1connect.NodeServiceClient
@@ -203,9 +204,13 @@ func (n *instanceNode) startEngine() {
 	if err != nil {
 		n.t.Fatal(err)
 	}
+	networks := n.networkDir()
+	if n.kubelet != "" { // it would be everybody's
+		networks = ""
+	}
 	n.engine, err = instance.New(instance.Config{
 		Node: "node-1", Root: filepath.Join(n.Dir, "node"), Address: n.Socket, CgroupParent: n.cgroup,
-		Launcher: n.launcher, Sidecar: n.sidecar, Kubelet: n.kubelet, Listens: listens, Logger: n.log,
+		Launcher: n.launcher, Sidecar: n.sidecar, Kubelet: n.kubelet, NetworkDir: networks, NetworkAge: n.strayAge, Listens: listens, Logger: n.log,
 	})
 	if err != nil {
 		n.t.Fatal(err)
@@ -228,6 +233,11 @@ func (n *instanceNode) startEngine() {
 	n.stop = func() { cancel(); all.Wait() }
 	n.calls = hearthv1connect.NewNodeServiceClient(daemon.UnixClient(socket), "http://hearth")
 	n.eventually(func() error { return engine.Ready(ctx) })
+}
+
+// networkDir is the CRI's folder of network namespaces.
+func (n *instanceNode) networkDir() string {
+	return filepath.Join(n.Dir, "state", "io.containerd.grpc.v1.cri", "netns")
 }
 
 // patience is for what another process does, on whatever machine.
