@@ -142,12 +142,12 @@ func TestImages(t *testing.T) {
 		}
 		pause := ""
 		for _, e := range container(t, typed(t, objects), "poolmanager").Env {
-			if e.Name == "HEARTH_PAUSE_IMAGE" {
+			if e.Name == "HEARTH_HOLDER_IMAGE" {
 				pause = e.Value
 			}
 		}
 		if pause != c.want("hearth/pause") {
-			t.Errorf("%s: poolmanager is told that the pause image is %q", c.name, pause)
+			t.Errorf("%s: poolmanager is told that the holder is %q", c.name, pause)
 		}
 	}
 }
@@ -416,7 +416,7 @@ func checkService(t *testing.T, dir string, s *corev1.Service, objects []runtime
 // promised are flags and commands that the daemons get with what else makes Hearth work on a cluster.
 var promised = map[string][]string{
 	"nodeagent":   {"--kubelet", "--rpc-address", "register", "unregister"},
-	"poolmanager": {"--namespace", "--rpc-address", "--pause-image"},
+	"poolmanager": {"--kubernetes", "--namespace", "--lease-namespace", "--holder-image", "--rpc-address"},
 	"gateway":     {"--pool-address"},
 }
 
