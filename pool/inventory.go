@@ -13,6 +13,8 @@ import (
 const (
 	reconnectFirst = 50 * time.Millisecond
 	reconnectMost  = 500 * time.Millisecond
+	// toldAfter is after how many attempts in a row it is said that there is nobody.
+	toldAfter = 4
 	// outcomeSlack is how long after a claim's deadline the node has to end it.
 	outcomeSlack = 3 * time.Second
 	// refusedTime is how long an Instance that was refused although it looked Warm is left alone before it is discarded.
@@ -37,7 +39,9 @@ func (m *Manager) watch(ctx context.Context, n *node) {
 		if errors.Is(err, ErrStale) {
 			return
 		}
-		failures++
+		if failures++; failures == toldAfter && ctx.Err() == nil {
+			m.log.Warn("node cannot be reached; it is tried again", "node", n.name, "err", err)
+		}
 		pause := time.NewTimer(backoff(failures, reconnectFirst, reconnectMost))
 		select {
 		case <-ctx.Done():

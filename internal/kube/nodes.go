@@ -19,10 +19,11 @@ import (
 )
 
 const (
-	// NodeagentName is what nodeagent's pods are labelled with as app.kubernetes.io/name.
-	NodeagentName = "hearth-nodeagent"
+	// NodeagentComponent is what nodeagent's pods are labelled with as app.kubernetes.io/component.
+	NodeagentComponent = "nodeagent"
 	// DefaultNodePort is where nodeagent serves, on the host's network.
 	DefaultNodePort = 7443
+	componentLabel  = "app.kubernetes.io/component"
 	nameLabel       = "app.kubernetes.io/name"
 )
 
@@ -62,7 +63,7 @@ func (n *nodes) reconcile(ctx context.Context) error {
 		return fmt.Errorf("list nodes: %w", err)
 	}
 	var agents corev1.PodList
-	err := n.api.List(ctx, &agents, client.InNamespace(n.namespace), client.MatchingLabels{nameLabel: NodeagentName}, client.UnsafeDisableDeepCopy)
+	err := n.api.List(ctx, &agents, client.InNamespace(n.namespace), client.MatchingLabels{componentLabel: NodeagentComponent}, client.UnsafeDisableDeepCopy)
 	if err != nil {
 		return fmt.Errorf("list pods of nodeagent: %w", err)
 	}
@@ -103,7 +104,7 @@ func (n *nodes) bring(node *corev1.Node, address string) {
 		n.remove(node.Name)
 	}
 	n.pools.setNode(node.Name, at)
-	agent := pool.Connect(hearthv1connect.NewNodeServiceClient(n.dial(address), "https://"+address))
+	agent := pool.Connect(hearthv1connect.NewNodeServiceClient(n.dial(address), "http://"+address))
 	if err := n.manager.AddNode(node.Name, n.pods.on(node.Name, agent), info); err != nil {
 		n.log.Error("take in a node", "node", node.Name, "err", err)
 		return

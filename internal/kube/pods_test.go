@@ -25,8 +25,8 @@ import (
 	"github.com/hearth-serverless/hearth/pool"
 )
 
-// fakePool is a Manager as far as pods and nodes are concerned, and a nodeagent that does what it is told.
-type fakePool struct {
+// fakeManager is a Manager as far as pods and nodes are concerned, and a nodeagent that does what it is told.
+type fakeManager struct {
 	pool.Node // what is not used panics
 
 	mu        sync.Mutex
@@ -39,13 +39,13 @@ type fakePool struct {
 	sets      []pool.WarmSet
 }
 
-func (f *fakePool) Instance(id string) *hearthv1.Instance {
+func (f *fakeManager) Instance(id string) *hearthv1.Instance {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.instances[id]
 }
 
-func (f *fakePool) InPod(name string) (all []*hearthv1.Instance) {
+func (f *fakeManager) InPod(name string) (all []*hearthv1.Instance) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, i := range f.instances {
@@ -56,15 +56,15 @@ func (f *fakePool) InPod(name string) (all []*hearthv1.Instance) {
 	return all
 }
 
-func (f *fakePool) NodeUp(string) bool { return !f.down }
+func (f *fakeManager) NodeUp(string) bool { return !f.down }
 
-func (f *fakePool) Release(_ context.Context, r *connect.Request[hearthv1.ReleaseRequest]) (*connect.Response[hearthv1.ReleaseResponse], error) {
+func (f *fakeManager) Release(_ context.Context, r *connect.Request[hearthv1.ReleaseRequest]) (*connect.Response[hearthv1.ReleaseResponse], error) {
 	f.released = append(f.released, r.Msg.GetInstanceId())
 	f.instances[r.Msg.GetInstanceId()].State = hearthv1.State_STATE_DRAINING
 	return connect.NewResponse(&hearthv1.ReleaseResponse{}), nil
 }
 
-func (f *fakePool) CreateInstance(_ context.Context, r *hearthv1.CreateInstanceRequest) (*hearthv1.Instance, error) {
+func (f *fakeManager) CreateInstance(_ context.Context, r *hearthv1.CreateInstanceRequest) (*hearthv1.Instance, error) {
 	if f.refuse != nil {
 		return nil, f.refuse
 	}
@@ -74,25 +74,25 @@ func (f *fakePool) CreateInstance(_ context.Context, r *hearthv1.CreateInstanceR
 	return f.instances[r.GetId()], nil
 }
 
-func (f *fakePool) Discard(_ context.Context, r *hearthv1.DiscardRequest) error {
+func (f *fakeManager) Discard(_ context.Context, r *hearthv1.DiscardRequest) error {
 	f.discarded = append(f.discarded, r.GetInstanceId())
 	delete(f.instances, r.GetInstanceId())
 	return nil
 }
 
-func (f *fakePool) SetWarmSets(sets []pool.WarmSet) { f.sets = sets }
-func (f *fakePool) SupplyErrors(string) []string    { return nil }
+func (f *fakeManager) SetWarmSets(sets []pool.WarmSet) { f.sets = sets }
+func (f *fakeManager) SupplyErrors(string) []string    { return nil }
 
-func (f *fakePool) AddNode(name string, _ pool.Node, info pool.NodeInfo) error {
+func (f *fakeManager) AddNode(name string, _ pool.Node, info pool.NodeInfo) error {
 	f.told = append(f.told, fmt.Sprintf("add %s %v", name, info.Cordoned))
 	return nil
 }
 
-func (f *fakePool) UpdateNode(name string, info pool.NodeInfo) {
+func (f *fakeManager) UpdateNode(name string, info pool.NodeInfo) {
 	f.told = append(f.told, fmt.Sprintf("update %s %v", name, info.Cordoned))
 }
 
-func (f *fakePool) RemoveNode(name string) { f.told = append(f.told, "remove "+name) }
+func (f *fakeManager) RemoveNode(name string) { f.told = append(f.told, "remove "+name) }
 
 // cluster is an API server in memory that counts what is written, and can be away.
 type cluster struct {
@@ -100,12 +100,12 @@ type cluster struct {
 	t      *testing.T
 	writes int
 	away   bool
-	pool   *fakePool
+	pool   *fakeManager
 	pods   *pods
 }
 
 func newCluster(t *testing.T, objects ...client.Object) *cluster {
-	c := &cluster{t: t, pool: &fakePool{instances: map[string]*hearthv1.Instance{}}}
+	c := &cluster{t: t, pool: &fakeManager{instances: map[string]*hearthv1.Instance{}}}
 	write := func() error {
 		if c.writes++; c.away {
 			c.writes--
@@ -340,7 +340,7 @@ func TestHeadroom(t *testing.T) {
 // TestNodesFollowTheCluster: a node comes with its first nodeagent that is ready, stays while that is replaced, and goes with the node.
 func TestNodesFollowTheCluster(t *testing.T) {
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}}
-	agent := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "hearth-system", Name: "agent", Labels: map[string]string{nameLabel: NodeagentName}},
+	agent := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "hearth-system", Name: "agent", Labels: map[string]string{componentLabel: NodeagentComponent}},
 		Spec: corev1.PodSpec{NodeName: "n1"}, Status: corev1.PodStatus{HostIP: "10.0.0.1"}}
 	c := newCluster(t, node, agent)
 	n := &nodes{api: c, manager: c.pool, pools: c.pods.pools, pods: c.pods, namespace: "hearth-system", port: DefaultNodePort,

@@ -15,6 +15,8 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 	toolscache "k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
@@ -108,6 +110,13 @@ func (c Poolmanager) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
+// NewScheme knows Kubernetes' kinds and Hearth's.
+func NewScheme() *runtime.Scheme {
+	s := runtime.NewScheme()
+	utilruntime.Must(errors.Join(clientgoscheme.AddToScheme(s), crd.AddToScheme(s))) // they are compiled in
+	return s
+}
+
 func restConfig(path string) (*rest.Config, error) {
 	if path == "" {
 		config, err := rest.InClusterConfig()
@@ -126,7 +135,7 @@ func restConfig(path string) (*rest.Config, error) {
 
 // cacheOptions keep in memory what is Hearth's, and of that what is looked at.
 func (c Poolmanager) cacheOptions(scheme *runtime.Scheme) cache.Options {
-	agents := labels.SelectorFromSet(labels.Set{nameLabel: NodeagentName})
+	agents := labels.SelectorFromSet(labels.Set{componentLabel: NodeagentComponent})
 	pods := map[string]cache.Config{c.Namespace: {}}
 	if c.SystemNamespace != c.Namespace {
 		pods[c.SystemNamespace] = cache.Config{LabelSelector: agents}
@@ -202,9 +211,10 @@ func (c Poolmanager) lead(ctx context.Context, t *Term, cluster manager.Manager,
 	group.Go(func() error { a.run(ctx); return nil })
 	group.Go(func() error { keep(ctx, n, p, wake); return nil })
 	group.Go(func() error { return c.Lead(ctx, m) })
-	if err := AddControllers(cluster, Config{Namespace: c.Namespace, Functions: m, Runtimes: m, Pools: p.pools, URL: c.URL}); err != nil {
-		group.Go(func() error { return err })
-	}
+	group.Go(func() error {
+		controllers := Controllers{Namespace: c.Namespace, Functions: m, Runtimes: m, Pools: p.pools, URL: c.URL, Logger: c.Logger}
+		return controllers.Run(ctx, cluster.GetConfig(), cluster.GetScheme(), cluster.GetCache())
+	})
 	return group.Wait()
 }
 
