@@ -171,7 +171,7 @@ func (k *cluster) call(ctx context.Context, method, path, kind string, body []by
 const maxListBytes = 64 << 20
 
 func (k *cluster) request(ctx context.Context, method, path, kind string, body []byte) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, "http://api"+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, "http://localhost"+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}

@@ -228,8 +228,8 @@ func (p *pods) reconcile(ctx context.Context, now time.Time) error {
 // judge does what one pod needs. The pod is the cache's.
 func (p *pods) judge(ctx context.Context, now time.Time, pod *corev1.Pod) error {
 	node, inside := nodeOf(pod), p.manager.InPod(pod.Name)
-	if name := pod.Labels[crd.LabelPool]; name != "" && len(inside) > 0 {
-		p.pools.waiting(name, node, pod.Name, inside[0].GetState() == hearthv1.State_STATE_WARM)
+	if name := pod.Labels[crd.LabelPool]; name != "" && len(inside) > 0 && inside[0].GetState() <= hearthv1.State_STATE_WARM {
+		p.pools.waiting(name, node, pod.Name)
 	} else {
 		p.pools.leave(node, pod.Name)
 	}

@@ -192,12 +192,22 @@ func TestPodOfInstance(t *testing.T) {
 	if s := p.Spec.SecurityContext; !*s.RunAsNonRoot || *p.Spec.AutomountServiceAccountToken || *p.Spec.Containers[0].SecurityContext.AllowPrivilegeEscalation {
 		t.Errorf("pod is not restricted: %+v", p.Spec)
 	}
+	c.pool.instances["i-1"].State = hearthv1.State_STATE_SERVING // claimed, and its pod is not written yet
+	c.make("i-5")
+	if p := c.pod("i-5"); p.Labels[crd.LabelPool] != "wp" {
+		t.Errorf("what takes the place of a claimed instance is of no pool: %v", p.Labels)
+	}
+	if s, ok := c.pods.pools.PoolStatus("wp"); !ok || s.Warm != 1 {
+		t.Errorf("pool has %d warm instances, want the one that nobody has claimed", s.Warm)
+	}
 	c.pool.refuse = connect.NewError(connect.CodeInternal, errAway)
 	if _, err := c.pods.on("a", c.pool).CreateInstance(t.Context(), &hearthv1.CreateInstanceRequest{Id: "i-3"}); err == nil || c.pod("i-3") != nil {
 		t.Errorf("an instance that failed has a pod: %v", err)
 	}
-	if err := c.pods.on("a", c.pool).Discard(t.Context(), &hearthv1.DiscardRequest{InstanceId: "i-1"}); err != nil || c.pod("i-1") != nil {
-		t.Errorf("a discarded instance has a pod: %v", err)
+	for _, id := range []string{"i-1", "i-5"} {
+		if err := c.pods.on("a", c.pool).Discard(t.Context(), &hearthv1.DiscardRequest{InstanceId: id}); err != nil || c.pod(id) != nil {
+			t.Errorf("a discarded instance has a pod: %v", err)
+		}
 	}
 	if c.pods.pools.enter("a", "", "i-4") == nil {
 		t.Error("the pool does not lack what was discarded")

@@ -14,6 +14,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	crd "github.com/hearth-serverless/hearth/api/crd/v1alpha1"
+	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/pool"
 )
 
@@ -24,6 +25,8 @@ const defaultSize = 3
 type stocker interface {
 	SetWarmSets(sets []pool.WarmSet)
 	SupplyErrors(runtime string) []string
+	// Instance is nil if there is none of that id.
+	Instance(id string) *hearthv1.Instance
 }
 
 // Pools knows the WarmPools, which nodes each covers, and whose the pods are that wait. It implements WarmPools. Safe for concurrent use.
@@ -33,8 +36,8 @@ type Pools struct {
 	mu    sync.Mutex // guards what follows; never held over I/O, nor over a call of stock, which calls back
 	pools map[string]*crd.WarmPool
 	nodes map[string]site
-	// waits has the pods that wait, by pool and node; warm says which of them could be claimed.
-	waits map[[2]string]map[string]bool
+	// waits has the pods that wait, or were made to, by pool and node. Which of them still do, stock knows.
+	waits map[[2]string]map[string]struct{}
 	sets  sync.Mutex // keeps calls of stock in order; taken before mu
 }
 
@@ -45,7 +48,7 @@ type site struct {
 }
 
 func newPools(stock stocker) *Pools {
-	return &Pools{stock: stock, pools: map[string]*crd.WarmPool{}, nodes: map[string]site{}, waits: map[[2]string]map[string]bool{}}
+	return &Pools{stock: stock, pools: map[string]*crd.WarmPool{}, nodes: map[string]site{}, waits: map[[2]string]map[string]struct{}{}}
 }
 
 // SetPool implements WarmPools.
@@ -102,19 +105,20 @@ func (p *Pools) PoolStatus(name string) (PoolStatus, bool) {
 		return PoolStatus{}, false
 	}
 	var s PoolStatus
+	var waits []string
 	for node, at := range p.nodes {
-		if !covers(w, at) {
-			continue
-		}
-		s.Nodes++
-		for _, warm := range p.waits[[2]string{name, node}] {
-			if warm {
-				s.Warm++
-			}
+		if covers(w, at) {
+			s.Nodes++
+			waits = slices.AppendSeq(waits, maps.Keys(p.waits[[2]string{name, node}]))
 		}
 	}
 	s.Desired = s.Nodes * sizeOf(w)
 	p.mu.Unlock()
+	for _, id := range waits {
+		if p.stock.Instance(id).GetState() == hearthv1.State_STATE_WARM {
+			s.Warm++
+		}
+	}
 	if s.Warm < s.Desired {
 		s.Error = strings.Join(p.stock.SupplyErrors(w.Spec.Runtime), "; ")
 	}
@@ -159,12 +163,17 @@ func (p *Pools) removeNode(name string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.nodes, name)
-	maps.DeleteFunc(p.waits, func(k [2]string, _ map[string]bool) bool { return k[1] == name })
+	maps.DeleteFunc(p.waits, func(k [2]string, _ map[string]struct{}) bool { return k[1] == name })
 }
 
 // enter says which WarmPool an Instance that is made is for, and counts it: the one that lacks most on that node, or nil if somebody waits
-// for it that no WarmPool foresaw.
+// for it that no WarmPool foresaw. What was claimed waits no more, although its pod may not have been written yet.
 func (p *Pools) enter(node, runtime, instance string) *crd.WarmPool {
+	for _, id := range p.counted(node) {
+		if p.stock.Instance(id).GetState() > hearthv1.State_STATE_WARM {
+			p.leave(node, id)
+		}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var best *crd.WarmPool
@@ -179,18 +188,30 @@ func (p *Pools) enter(node, runtime, instance string) *crd.WarmPool {
 		}
 	}
 	if best != nil {
-		p.count(best.Name, node, instance, false)
+		p.count(best.Name, node, instance)
 	}
 	return best
 }
 
 // count notes a pod that waits for a pool. Guarded by mu.
-func (p *Pools) count(name, node, instance string, warm bool) {
+func (p *Pools) count(name, node, instance string) {
 	k := [2]string{name, node}
 	if p.waits[k] == nil {
-		p.waits[k] = map[string]bool{}
+		p.waits[k] = map[string]struct{}{}
 	}
-	p.waits[k][instance] = warm
+	p.waits[k][instance] = struct{}{}
+}
+
+// counted lists what was counted on a node.
+func (p *Pools) counted(node string) (ids []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for k, all := range p.waits {
+		if k[1] == node {
+			ids = slices.AppendSeq(ids, maps.Keys(all))
+		}
+	}
+	return ids
 }
 
 // leave forgets a pod that waits no more.
@@ -204,11 +225,11 @@ func (p *Pools) leave(node, instance string) {
 	}
 }
 
-// waiting notes a pod of a pool as it is now.
-func (p *Pools) waiting(name, node, instance string, warm bool) {
+// waiting notes a pod of a pool.
+func (p *Pools) waiting(name, node, instance string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.count(name, node, instance, warm)
+	p.count(name, node, instance)
 }
 
 // all lists the WarmPools. They must not be changed.
