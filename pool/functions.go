@@ -347,7 +347,7 @@ func (m *Manager) message(f *function) *hearthv1.Function {
 	c := m.count(f)
 	return &hearthv1.Function{Name: f.name, Spec: f.public, Status: &hearthv1.FunctionStatus{
 		Generation: f.status.GetGeneration(), Revision: f.revision.GetName(), Ready: int32(c.ready), Starting: int32(c.starting),
-		Desired: int32(f.desired), Reason: f.reason, CreatedAt: f.status.GetCreatedAt(), UpdatedAt: f.status.GetUpdatedAt(),
+		Desired: int32(f.desired), Reason: f.reason, Error: f.lastErr, CreatedAt: f.status.GetCreatedAt(), UpdatedAt: f.status.GetUpdatedAt(),
 	}}
 }
 

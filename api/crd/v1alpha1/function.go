@@ -83,7 +83,7 @@ type FunctionSpec struct {
 	// Hosts are further host names under which the gateway serves the Function, besides its URL.
 	// +optional
 	// +listType=set
-	// +kubebuilder:validation:MaxItems=1000
+	// +kubebuilder:validation:MaxItems=100
 	Hosts []Host `json:"hosts,omitempty"`
 	// Timeout is the longest that a request may take from its arrival at the gateway to the first byte of its answer. At most 1h.
 	// +optional
@@ -125,7 +125,7 @@ type Name = string
 // Word of a command line.
 //
 // +kubebuilder:validation:MaxLength=131071
-// +kubebuilder:validation:XValidation:rule="!self.contains('\\u0000')",message="contains a zero byte, which no program can be given"
+// +kubebuilder:validation:Pattern=`^[^\x00]*$`
 type Word string
 
 // Host name that the gateway routes.
@@ -175,7 +175,7 @@ type EnvVar struct {
 	// Value of the variable.
 	// +optional
 	// +kubebuilder:validation:MaxLength=131071
-	// +kubebuilder:validation:XValidation:rule="!self.contains('\\u0000')",message="contains a zero byte, which no program can be given"
+	// +kubebuilder:validation:Pattern=`^[^\x00]*$`
 	Value string `json:"value,omitempty"`
 }
 
