@@ -54,7 +54,7 @@ func (a *app) listPools() *cobra.Command {
 			for i := range list {
 				p := &list[i]
 				rows = append(rows, []string{
-					p.Name, dash(p.Spec.Runtime), fmt.Sprint(poolSize(p)), fmt.Sprint(p.Status.Nodes), fmt.Sprint(p.Status.Warm), fmt.Sprint(p.Status.Desired),
+					p.Name, dash(p.Spec.Runtime), fmt.Sprint(p.Spec.Instances()), fmt.Sprint(p.Status.Nodes), fmt.Sprint(p.Status.Warm), fmt.Sprint(p.Status.Desired),
 					fmt.Sprint(p.Spec.Headroom), dash(metav1.FormatLabelSelector(&metav1.LabelSelector{MatchLabels: p.Spec.NodeSelector})), problem(p.Status.Conditions),
 				})
 			}
@@ -63,13 +63,6 @@ func (a *app) listPools() *cobra.Command {
 	}
 	out.add(c.Flags())
 	return c
-}
-
-func poolSize(p *crd.WarmPool) int32 {
-	if p.Spec.Size == nil {
-		return 0
-	}
-	return *p.Spec.Size
 }
 
 // problem is what a condition that does not hold says, in one line.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 )
@@ -79,6 +80,7 @@ func (c Config) load() (*rest.Config, string, error) {
 	}
 	config.QPS = -1 // the API server has its own fairness; a command makes few requests
 	config.UserAgent = "hearth"
+	config.ContentType = runtime.ContentTypeJSON // as kubectl: a command moves little, and a proxy's log can be read
 	config.WarningHandler = rest.NoWarnings{}
 	config.Dial = dialWithin(dialTime)
 	return config, name, nil

@@ -68,6 +68,7 @@ func instanceMessage(p *corev1.Pod) *hearthv1.Instance {
 	return &hearthv1.Instance{
 		Id: p.Name, Node: p.Spec.NodeName, State: stateOf(p), Degree: degreeOf(p), Address: p.Status.PodIP, Function: p.Labels[crd.LabelFunction],
 		Revision: p.Labels[crd.LabelRevision], Runtime: p.Labels[runtimeLabel], CreatedAt: timestamppb.New(p.CreationTimestamp.Time), Pod: p.Name,
+		Group: p.Labels[groupLabel],
 	}
 }
 
@@ -78,7 +79,7 @@ func stateOf(p *corev1.Pod) hearthv1.State {
 		return hearthv1.State_STATE_DRAINING
 	case p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed:
 		return hearthv1.State_STATE_GONE
-	case p.Labels[crd.LabelFunction] != "":
+	case p.Labels[crd.LabelFunction] != "" || p.Labels[groupLabel] != "":
 		return hearthv1.State_STATE_SERVING
 	case isReady(p):
 		return hearthv1.State_STATE_WARM

@@ -72,9 +72,7 @@ func (c *Client) Runtimes(ctx context.Context) ([]*hearthv1.Runtime, error) {
 	}
 	warm := map[string]int32{}
 	for _, p := range pools {
-		if p.Spec.Size != nil {
-			warm[p.Spec.Runtime] += *p.Spec.Size
-		}
+		warm[p.Spec.Runtime] += p.Spec.Instances()
 	}
 	slices.SortFunc(list.Items, func(a, b crd.Runtime) int { return cmp.Compare(a.Name, b.Name) })
 	out := make([]*hearthv1.Runtime, 0, len(list.Items))
