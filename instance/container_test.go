@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -186,6 +187,7 @@ func TestContainer(t *testing.T) {
 		t.Fatal(err)
 	}
 	mountInto(t, ctx, l, top)
+	showElsewhere(t, uint32(container.Process.Pid))
 	_, _, err = told.Load(ctx, instance.LoadQuestion{})
 	const none = "0000000000000000"
 	want := "no fault\ncode|hush|open /control/launch.sock: no such file or directory|" +
@@ -195,6 +197,58 @@ func TestContainer(t *testing.T) {
 	if err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
+}
+
+// showElsewhere has who enters another container's mounts see those of a Function's, and checks what it sees.
+func showElsewhere(t *testing.T, function uint32) {
+	t.Helper()
+	holder := exec.Command("sleep", "3600")
+	holder.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := uint32(holder.Process.Pid)
+	defer func() {
+		_ = holder.Process.Kill()
+		_ = holder.Wait()
+	}()
+	look := func(path, want string) {
+		t.Helper()
+		var got []byte
+		err := instance.InMountsOf(pid, func() (err error) {
+			got, err = os.ReadFile(path)
+			return err
+		})
+		if err != nil {
+			got = []byte(err.Error())
+		}
+		if !strings.Contains(string(got), want) {
+			t.Errorf("%s is %.80q, want %q", path, got, want)
+		}
+	}
+	private := func() error { return unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") } // as a container's are
+	if err := instance.InMountsOf(pid, private); err != nil {
+		t.Fatal(err)
+	}
+	if err := instance.ShowTree(function, pid); err != nil {
+		t.Fatal(err)
+	}
+	if err := instance.ShowTree(function, pid); err == nil {
+		t.Error("it is shown twice")
+	}
+	look("/workspace/main", "code")
+	look("/run/secrets/key", "hush")
+	look("/bin/loader", "ELF")
+	look("/proc/self/status", "Name:")
+	write := func() error { return os.WriteFile("/tmp/new", nil, 0o600) }
+	if err := instance.InMountsOf(pid, write); !errors.Is(err, unix.EROFS) {
+		t.Errorf("writing to what is shown: %v", err)
+	}
+	if err := errors.Join(instance.HideTree(pid), instance.HideTree(pid)); err != nil {
+		t.Error(err)
+	}
+	look("/workspace/main", "no such file")
+	look("/proc/self/status", "Name:")
 }
 
 // mountInto mounts code and secrets.

@@ -36,7 +36,7 @@ type Engine struct {
 	shelf   *shelf
 	codes   *codeStore
 	logs    *logStore
-	strays  *strays // reconcile's
+	strays  *strays // reconcileLoop's
 	cgroups cgroups
 	proc    string // where the kernel tells of memory and processes: /proc
 
@@ -219,7 +219,10 @@ func (e *Engine) reconcileLoop(ctx context.Context) error {
 		case <-e.check:
 		case <-retry.C:
 		}
-		if err := e.reconcile(ctx); err != nil && ctx.Err() == nil {
+		err := e.reconcile(ctx)
+		if err == nil {
+			e.removeStrays(ctx)
+		} else if ctx.Err() == nil {
 			e.log.Debug("containerd does not answer", "error", err)
 			retry.Reset(300 * time.Millisecond)
 		}

@@ -116,12 +116,10 @@ func TestStrays(t *testing.T) {
 		if err := os.Link(filepath.Join(f.config.NetworkDir, "cni-lived"), filepath.Join(thread, "net")); err != nil {
 			t.Fatal(err)
 		}
-		e := run(t, f)
+		run(t, f) // which looks each 15 s
 		wantNetworks := func(want ...string) {
 			t.Helper()
-			if err := e.Reconcile(t.Context()); err != nil {
-				t.Fatal(err)
-			}
+			synctest.Wait()
 			entries, err := os.ReadDir(f.config.NetworkDir)
 			if err != nil {
 				t.Fatal(err)
@@ -138,9 +136,9 @@ func TestStrays(t *testing.T) {
 		time.Sleep(time.Minute)
 		f.set(func() { delete(f.mentioned, "cni-soon") })
 		wantNetworks("cni-lived", "cni-named", "cni-soon", "cni-stray", "other")
-		time.Sleep(61 * time.Second)
+		time.Sleep(65 * time.Second)
 		wantNetworks("cni-lived", "cni-named", "cni-soon", "other")
-		time.Sleep(61 * time.Second)
+		time.Sleep(75 * time.Second)
 		wantNetworks("cni-lived", "cni-named", "other")
 	})
 }

@@ -98,7 +98,6 @@ func (e *Engine) reconcile(ctx context.Context) error {
 		e.compare(s, before)
 	}
 	e.removeSnapshots(bounded, s)
-	e.removeStrays(bounded)
 	e.metrics.prepared.Set(float64(e.shelf.count()))
 	if err := e.logs.trim(); err != nil {
 		e.log.Warn("logs not trimmed", "error", err)

@@ -130,6 +130,8 @@ func lived(proc string) (map[uint64]bool, error) {
 
 // removeStrays removes network namespaces that nobody will ever remove.
 func (e *Engine) removeStrays(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, reconcileTime)
+	defer cancel()
 	known := map[uint64]bool{}
 	for _, i := range e.all() {
 		i.mu.Lock()

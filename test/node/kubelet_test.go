@@ -246,3 +246,16 @@ func TestKubeletPodEnds(t *testing.T) {
 	k.remove("unseen")
 	n.eventually(n.leftBehind)
 }
+
+// TestKubeletPodSidecar: a sidecar is in the pod as the Function is.
+func TestKubeletPodSidecar(t *testing.T) {
+	n, k := newKubeletNode(t)
+	n.withSidecars()
+	k.create("side")
+	answer, err := n.tryActivate("side", "claim", n.revision("loopback"), 30*time.Second)
+	check(t, err)
+	n.wantSidecar(answer.Instance.Address, "hello")
+	n.discard("side")
+	k.remove("side")
+	n.eventually(n.leftBehind)
+}
