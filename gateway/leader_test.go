@@ -390,7 +390,7 @@ func connectWith(keys *pki.Dir) func(address string) (gateway.Pool, func()) {
 	}
 }
 
-// Leaders come and go, over TLS, while fifty callers ask for Instances again and again: all get theirs, and each the same when it asks again.
+// Leaders come and go, over TLS, while twenty callers ask for Instances again and again: all get theirs, and each the same when it asks again.
 func TestLeaderSwitchesUnderCalls(t *testing.T) {
 	keys := newKeys(t)
 	ours, theirs := keys(pki.Gateway), keys(pki.Poolmanager)
@@ -425,7 +425,7 @@ func TestLeaderSwitchesUnderCalls(t *testing.T) {
 		}
 	})
 	answered := make(chan struct{})
-	for caller := range 50 {
+	for caller := range 20 {
 		work.Go(func() {
 			for n := 0; ctx.Err() == nil; n++ {
 				id := fmt.Sprintf("%d-%d", caller, n)

@@ -20,6 +20,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"connectrpc.com/connect"
+
 	"github.com/hearth-serverless/hearth/internal/daemon"
 	"github.com/hearth-serverless/hearth/internal/pki"
 )
@@ -444,8 +446,66 @@ func TestSilentListener(t *testing.T) {
 	defer l.Close()
 	client := daemon.TLSClient(identity(t, authority(t), pki.Poolmanager), pki.Nodeagent, l.Addr().String())
 	for _, kind := range []string{unary, stream} {
-		if _, err := call(t.Context(), client, kind); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := call(t.Context(), client, kind); connect.CodeOf(err) != connect.CodeUnavailable {
 			t.Errorf("%s: %v", kind, err)
+		}
+	}
+}
+
+// A peer that is killed is unavailable, whether before its answer or in the midst of it; who gives up has given up, and is told so.
+func TestBrokenCallsAreUnavailable(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	begins, asked := make(chan string, 1), make(chan struct{}, 10)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	hang := make(chan struct{})
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				_, _ = conn.Read(make([]byte, 1)) // and what is left unread makes it a reset
+				begin := <-begins
+				_, _ = io.WriteString(conn, begin)
+				asked <- struct{}{}
+				if begin == "" {
+					select {
+					case <-hang:
+					case <-t.Context().Done():
+					}
+				}
+				_ = conn.Close()
+			}()
+		}
+	}()
+	client := daemon.UnixClient(path)
+	for _, begin := range []string{"HTTP/1.1 200 OK\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"} {
+		begins <- begin
+		if got, err := call(t.Context(), client, unary); connect.CodeOf(err) != connect.CodeUnavailable {
+			t.Errorf("%q: %q, %v", begin, got, err)
+		}
+		<-asked
+	}
+	begins <- ""
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { <-asked; cancel() }()
+	if _, err := call(ctx, client, unary); !errors.Is(err, context.Canceled) || connect.CodeOf(err) == connect.CodeUnavailable {
+		t.Errorf("given up: %v", err)
+	}
+	begins <- ""
+	go func() { <-asked; close(hang) }()
+	if _, err := call(t.Context(), client, unary); connect.CodeOf(err) != connect.CodeUnavailable {
+		t.Errorf("killed: %v", err)
+	}
+	_ = l.Close()
+	for _, kind := range []string{unary, stream} {
+		if _, err := call(t.Context(), client, kind); connect.CodeOf(err) != connect.CodeUnavailable {
+			t.Errorf("nobody there: %v", err)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
 	"github.com/hearth-serverless/hearth/internal/relay"
@@ -215,10 +217,43 @@ type byKind struct {
 
 // RoundTrip implements http.RoundTripper.
 func (t byKind) RoundTrip(r *http.Request) (*http.Response, error) {
+	var next http.RoundTripper = t.rest
 	if r.Header.Get("Content-Type") == "application/proto" { // as connect has it for unary calls
-		return t.calls.RoundTrip(r)
+		next = t.calls
 	}
-	return t.rest.RoundTrip(r)
+	res, err := next.RoundTrip(r)
+	if err != nil {
+		return nil, unavailable(r.Context(), err)
+	}
+	if res.Body != http.NoBody {
+		res.Body = answer{res.Body, r.Context()}
+	}
+	return res, nil
+}
+
+// unavailable says of a failure that nobody who called has brought about that the peer is not available. connect would go by the kind of
+// error: a peer that was killed is "canceled" to it, and one that cannot be connected to in time "deadline exceeded", as if callers had
+// given up or waited for too long; then nobody asks again.
+func unavailable(ctx context.Context, err error) error {
+	if at, ok := ctx.Deadline(); ctx.Err() != nil || ok && !time.Now().Before(at) {
+		return err
+	}
+	return connect.NewError(connect.CodeUnavailable, err)
+}
+
+// answer is the body of one.
+type answer struct {
+	io.ReadCloser
+	ctx context.Context //nolint:containedctx // of the request, as long as which it lives
+}
+
+// Read implements io.Reader.
+func (a answer) Read(p []byte) (int, error) {
+	n, err := a.ReadCloser.Read(p)
+	if err != nil && err != io.EOF { //nolint:errorlint // that is the end
+		err = unavailable(a.ctx, err)
+	}
+	return n, err
 }
 
 // CloseIdleConnections is what http.Client calls.
