@@ -27,6 +27,7 @@ const (
 	apiPort      = 6443
 	registryPort = 5000
 	domain       = "cluster.local"
+	auditLog     = "audit.log"
 )
 
 // identities issues what the programs show each other, and writes it where each machine's programs read it.
@@ -135,6 +136,7 @@ func (c *Cluster) controlPrograms() map[string]program {
 			"--requestheader-client-ca-file=/etc/kubernetes/front-ca.crt", "--requestheader-allowed-names=front-proxy-client",
 			"--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group", "--requestheader-extra-headers-prefix=X-Remote-Extra-",
 			"--proxy-client-cert-file=/etc/kubernetes/front.crt", "--proxy-client-key-file=/etc/kubernetes/front.key",
+			"--audit-policy-file=/etc/kubernetes/audit.yaml", "--audit-log-path=/var/log/" + auditLog, "--audit-log-mode=blocking", "--audit-log-maxsize=0",
 			"--profiling=false",
 		},
 		"kube-controller-manager": {
@@ -164,6 +166,7 @@ func (c *Cluster) controlPrograms() map[string]program {
 func (c *Cluster) startControl(ctx context.Context) error {
 	for name, file := range map[string]string{
 		"registry.yaml": "etc/kubernetes/registry.yaml", "Corefile": "etc/kubernetes/Corefile", "kube-proxy.yaml": "etc/kubernetes/kube-proxy.yaml",
+		"audit.yaml": "etc/kubernetes/audit.yaml",
 	} {
 		if err := c.render(name, filepath.Join(c.control.dir, file), values{Name: c.control.name, Address: c.network.control()}); err != nil {
 			return err
@@ -217,6 +220,9 @@ func (c *Cluster) apply(ctx context.Context, name string) error {
 	}
 	return nil
 }
+
+// AuditLog is the file with what Hearth's daemons have asked of the API server: their ServiceAccounts' requests, and no others.
+func (c *Cluster) AuditLog() string { return filepath.Join(c.control.dir, "var/log", auditLog) }
 
 // StopAPIServer ends the API server at once, as a crash would. The rest of the control plane goes on without it.
 func (c *Cluster) StopAPIServer(ctx context.Context) error { return c.control.stop(ctx, apiserver) }

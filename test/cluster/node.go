@@ -10,7 +10,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/hearth-serverless/hearth/internal/host"
 )
@@ -69,6 +72,26 @@ func (n *Node) Restart(ctx context.Context) error {
 		return fmt.Errorf("node %s is up: kill it first", n.name)
 	}
 	return n.start(ctx)
+}
+
+// RestartContainerd has containerd read its configuration again, as whoever administers the node would; what it runs goes on. It returns
+// when another listens.
+func (n *Node) RestartContainerd(ctx context.Context) error {
+	for _, pid := range n.machine.processes(containerd) {
+		name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+		if err != nil || strings.TrimSpace(string(name)) != containerd { // a shim, or what keeps it running
+			continue
+		}
+		if err := unix.Kill(pid, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("restart containerd of %s: %w", n.name, err)
+		}
+		for unix.Kill(pid, 0) == nil {
+			if !host.Pause(ctx, pauseTime) {
+				return fmt.Errorf("restart containerd of %s: process %d does not end", n.name, pid)
+			}
+		}
+	}
+	return n.awaitContainerd(ctx)
 }
 
 // start boots the node and waits until Kubernetes calls it Ready.
