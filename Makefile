@@ -4,15 +4,15 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -X github.com/hearth-serverless/hearth/internal/daemon.version=$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help build tools peers kubernetes images test demo lint generate clean go
+.PHONY: help build tools peers kubernetes images test e2e cluster cluster-down demo lint generate clean go
 
 help: ## show this list
 	@echo "Hearth $(VERSION): make TARGET"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 build: go ## compile Hearth's commands into bin/
 	@mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/... ./runtimes/launcher
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/... ./runtimes/launcher ./runtimes/pause
 	@bin/bench images --archives bin pause >/dev/null
 
 tools: go ## compile containerd, runc, CNI plugins and the registry into .cache (some minutes once, then at once)
@@ -30,6 +30,15 @@ images: build tools ## make all sample images in .cache (`bin/bench images NAME`
 test: build tools ## every test, under the race detector; those of the node want root; TESTFLAGS='-run X' narrows it
 	bin/bench images runtime-python runtime-native >/dev/null
 	go test -race -timeout 20m $(TESTFLAGS) ./test/... ./...
+
+e2e: build tools kubernetes ## tests on a real Kubernetes cluster of two nodes, as root; TESTFLAGS='-run X' narrows it
+	go test -timeout 30m $(TESTFLAGS) ./test/cluster
+
+cluster: tools kubernetes ## start a Kubernetes cluster on this machine, as root: NODES=N (2), CLUSTER=FOLDER (/tmp/hearth-cluster); docs/CLUSTER.md
+	@go run ./test/cluster/ctl $(if $(CLUSTER),--dir $(CLUSTER)) $(if $(NODES),--nodes $(NODES)) up
+
+cluster-down: go ## end it and remove all of it
+	@go run ./test/cluster/ctl $(if $(CLUSTER),--dir $(CLUSTER)) down
 
 demo: build tools ## start a function cold, from the pool and warm on this machine, as root; JSON=FILE keeps the rows
 	bin/bench demo $(if $(JSON),--json $(JSON))

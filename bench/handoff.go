@@ -241,7 +241,7 @@ func (h *handoff) hearth(ctx context.Context, c handoffCase, functions []string)
 			return err
 		}
 	}
-	h.openConnections(ctx, c.n)
+	openConnections(ctx, h.client, h.stack.url("no-such-function"), c.n)
 	for at := 0; at < len(functions); at += c.n {
 		if err := h.start(ctx, c, functions[at:at+c.n]); err != nil {
 			return err
@@ -250,11 +250,11 @@ func (h *handoff) hearth(ctx context.Context, c handoffCase, functions []string)
 	return h.servedBy(ctx, c, functions, warm)
 }
 
-// openConnections has the client connect to the gateway, which answers for itself that it knows no such Function.
-func (h *handoff) openConnections(ctx context.Context, n int) {
+// openConnections has a client connect to the gateway, which answers for itself that it knows no such Function.
+func openConnections(ctx context.Context, client *http.Client, url string, n int) {
 	var all sync.WaitGroup
 	for range n {
-		all.Go(func() { _, _ = ask(ctx, h.client, h.stack.url("no-such-function"), nil) })
+		all.Go(func() { _, _ = ask(ctx, client, url, nil) })
 	}
 	all.Wait()
 }

@@ -32,6 +32,10 @@ type Options struct {
 	Image string
 	// Function is the image that suites of starts deploy; empty is python, and go for handoff.
 	Function string
+	// Gateway is the URL of a cluster's gateway; empty finds one. Registry is where its nodes pull from, and this machine can push to.
+	Gateway, Registry string
+	// Cluster makes a Kubernetes cluster when $KUBECONFIG names none, and says where its kubeconfig and its registry are.
+	Cluster func(ctx context.Context, progress func(line string)) (kubeconfig, registry string, end func() error, err error)
 	// Cache holds images and tools (see images.Config); Tools and Bin hold the programs of others and Hearth's own.
 	Cache, Tools, Bin string
 	// Progress hears one line for each thing that takes time.
@@ -84,6 +88,7 @@ func suites() map[string]func(context.Context, *Options, *Report) error {
 		"pull-faults": faultSuite,
 		"start":       startSuite,
 		"handoff":     handoffSuite,
+		"k8s-start":   kubernetesSuite,
 		"demo":        demoSuite,
 	}
 }

@@ -1,8 +1,8 @@
-// Package deploy holds the configuration that Hearth gives to programs of others, as templates: the same for `hearth up` and
-// for a node of a cluster.
+// Package deploy holds what Hearth is deployed with: on a cluster the objects of base, which overlays and the Helm chart vary; for
+// `hearth up` and for a node of a test cluster the configuration that is given to programs of others, as templates.
 package deploy
 
-import _ "embed"
+import "embed"
 
 // Containerd is the template (text/template) of containerd's configuration, version 3.
 //
@@ -18,3 +18,12 @@ var CNI string
 //
 //go:embed registry/config.yaml.tmpl
 var Registry string
+
+// Seen is what shows how Hearth does: grafana/*.json are dashboards, prometheus/alerts.yaml are rules, and prometheus/prometheus.yaml
+// says what is to be scraped.
+//
+//go:embed grafana prometheus
+var Seen embed.FS
+
+//go:embed base crds uninstall
+var manifests embed.FS

@@ -211,6 +211,7 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 		if e.untilRecorded(ctx, i.id, recorded, func(ctx context.Context) error { return e.record(ctx, i, a) }) {
 			e.limitCPU(i, a.revision.GetResources().GetCpuMillis())
 			e.started(i)
+			e.show(i)
 		}
 	})
 	e.checkLoader(i)
@@ -252,7 +253,7 @@ func (e *Engine) started(i *instance) {
 // seen served for less than a moment is made again.
 func (e *Engine) record(ctx context.Context, i *instance, a *activation) error {
 	i.mu.Lock()
-	box, r := i.sandbox, record{ID: containerID(i.id), Image: i.image, Snapshot: i.snapshot, Labels: i.labels(e.cfg.Node)}
+	box, r := i.sandbox, record{ID: containerID(i.id), Image: i.image, Snapshot: i.snapshot, Labels: e.labels(i)}
 	i.mu.Unlock()
 	if a.process != nil {
 		var err error
@@ -268,7 +269,7 @@ func (e *Engine) limitCPU(i *instance, millis int64) {
 	if millis == 0 {
 		return
 	}
-	if err := e.cgroups.limitCPU(i.place(), millis); err != nil {
+	if err := e.cgroups.limitCPU(i.place(), millis); err != nil && !e.cgroups.refusesLimit(err) {
 		e.log.Error("cpu limit not set", "instance", i.id, "error", err)
 	}
 }

@@ -24,16 +24,18 @@ type backend interface {
 	tasks
 	sidecars
 	containerList
+	networks
 }
 
 type sandboxes interface {
-	// RunSandbox makes the sandbox of a pod and returns when its network is up.
+	// RunSandbox makes the sandbox of a pod, or waits for the one that the kubelet makes, and returns when its network is up.
 	RunSandbox(ctx context.Context, pod string) (sandbox, error)
 	// Sandboxes lists every sandbox that belongs to a pod of ours: their identity and whether they are ready, no more.
 	Sandboxes(ctx context.Context) ([]sandbox, error)
 	// Inspect fills in what Sandboxes leaves out.
 	Inspect(ctx context.Context, sandboxID string) (sandbox, error)
-	// RemoveSandbox stops and removes a sandbox, its network and its cgroups. One that is not there is no error.
+	// RemoveSandbox stops and removes a sandbox, its network and its cgroups; of one that is the kubelet's, only the cgroups that are
+	// ours. One that is not there is no error.
 	RemoveSandbox(ctx context.Context, sandboxID, pod string) error
 }
 
@@ -127,11 +129,22 @@ type sandbox struct {
 	Pod     string // by the Instance that it was made for
 	Ready   bool
 	Created time.Time
+	Foreign bool // the kubelet has made it, and removes it
 	// From here on only Inspect and RunSandbox know.
 	IP      netip.Addr
 	Pid     uint32 // of the pause process, which holds the namespaces
 	Netns   uint64 // inode of the network namespace
 	Runtime containers.RuntimeInfo
+	Holder  holder // the pod's own container, if the kubelet has made it
+}
+
+// holder is the container that a Pod of the kubelet's names. It only waits: what runs in the pod is ours, and seen through it.
+type holder struct {
+	ID    string
+	Pid   uint32
+	Pipe  uint64            // inode of the pipe that its output goes to, from where kubectl logs has it
+	Group string            // cgroup of the pod
+	Etc   map[string][]byte // its files in /etc, by name
 }
 
 // image is what the engine remembers of an image, so that it need not ask when a request waits.

@@ -25,19 +25,26 @@ const cgroupRoot = "/sys/fs/cgroup"
 const cpuPeriod = 100_000
 
 // cgroups knows where an Instance's cgroups are: PARENT/pod-ID holds the sandbox's and the Function's, in every hierarchy, and those
-// of the workers that share the pod.
+// of the workers that share the pod. Where the kubelet makes pods, it has made that cgroup too.
 type cgroups struct {
 	root   string // where they are mounted: cgroupRoot
 	parent string
+	learnt *podGroups // by pod; nil where we make them ourselves
 }
 
-func (c cgroups) pod(id string) string { return filepath.Join(c.parent, "pod-"+id) }
+func (c cgroups) pod(id string) string {
+	if path := c.learnt.of(id); path != "" {
+		return path
+	}
+	return filepath.Join(c.parent, "pod-"+id)
+}
 
 func (c cgroups) function(m member) string {
-	if m.pod == m.id {
-		return filepath.Join(c.pod(m.pod), "fn")
+	name := "fn"
+	if m.pod != m.id {
+		name += "-" + m.id
 	}
-	return filepath.Join(c.pod(m.pod), "fn-"+m.id)
+	return c.below(m.pod, name)
 }
 
 // unified tells whether cgroup v2 alone is mounted.

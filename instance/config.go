@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -40,6 +41,8 @@ const (
 	labelSlot   = "hearth.dev/slot" // of a worker: its place there
 	labelTenant = "hearth.dev/tenant"
 	labelGroup  = "hearth.dev/group"
+
+	labelCgroup = "hearth.dev/cgroup" // of the pod, if the kubelet has made it
 )
 
 // Phase is a part of an image's way to the node, at its real time.
@@ -77,6 +80,14 @@ type Config struct {
 	Snapshotter string
 	// CgroupParent is the absolute cgroup path under which each Instance gets a cgroup of its own.
 	CgroupParent string
+	// Kubelet is the namespace of Kubernetes whose Pods are Instances: each is named by its Instance's id, has it as the label
+	// hearth.dev/instance, and one container, "function", that only waits. The kubelet makes their sandboxes and removes them. Empty: the
+	// engine does both.
+	Kubelet string
+	// NetworkDir is the CRI's folder of network namespaces, if its containerd is ours alone: those that have been nobody's for NetworkAge,
+	// by default 2 minutes, are removed. Empty: none are.
+	NetworkDir string
+	NetworkAge time.Duration
 	// ResolvConf is copied into Instances; default /etc/resolv.conf.
 	ResolvConf string
 	// Launcher is the program that waits in warm Instances; default: launcher, beside this program.
@@ -128,8 +139,14 @@ type Config struct {
 
 func (c Config) withDefaults() (Config, error) {
 	var problems []error
-	if err := checkLabel("node name", c.Node); err != nil {
-		problems = append(problems, err)
+	for part := range strings.SplitSeq(c.Node, ".") { // Kubernetes' nodes have names of several
+		if err := checkLabel("node name "+c.Node+": part", part); err != nil {
+			problems = append(problems, err)
+			break
+		}
+	}
+	if c.Kubelet != "" {
+		problems = append(problems, checkLabel("namespace of instances", c.Kubelet))
 	}
 	if c.PidsLimit < 0 || c.MemoryBytes < 0 || c.FrozenBytes < 0 || c.MemoryPressure < 0 {
 		problems = append(problems, errors.New("a bound is negative"))
@@ -169,6 +186,7 @@ func (c Config) withDefaults() (Config, error) {
 		}
 	}
 	setDefault(&c.RuntimeBootTimeout, time.Minute)
+	setDefault(&c.NetworkAge, strayAge)
 	setDefault(&c.KeptLogs, 10)
 	setDefault(&c.MaxLogBytes, 64<<20)
 	if c.Dial == nil {

@@ -62,11 +62,15 @@ func connectNode(cfg Config) (*node, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to containerd at %s: %w", cfg.Address, err), conn.Close())
 	}
+	var learnt *podGroups
+	if cfg.Kubelet != "" {
+		learnt = &podGroups{paths: map[string]string{}}
+	}
 	return &node{
 		conn: conn, client: client,
 		runtime: cri.NewRuntimeServiceClient(conn), image: cri.NewImageServiceClient(conn),
 		name: cfg.Node, namespace: cfg.Namespace, snapshotter: cfg.Snapshotter,
-		cgroups:     cgroups{root: cgroupRoot, parent: cfg.CgroupParent},
+		cgroups:     cgroups{root: cgroupRoot, parent: cfg.CgroupParent, learnt: learnt},
 		scratch:     filepath.Join(cfg.Root, scratchDir),
 		credentials: cfg.Credentials,
 		fetch:       cfg.Fetch,

@@ -129,11 +129,16 @@ func (e *Engine) makeSandbox(ctx context.Context, i *instance) (sandbox, launche
 	if err != nil {
 		return sandbox{}, nil, err
 	}
+	e.cgroups.learnt.learn(i.pod.id, s.Holder.Group)
+	i.mu.Lock()
+	i.sandbox = s // from here on its end is ours
+	i.mu.Unlock()
 	if err := e.writeFiles(i, s); err != nil {
 		return s, nil, err
 	}
 	c := e.container(id)
-	c.Sandbox, c.Labels = s, i.placeLabels(map[string]string{labelNode: e.cfg.Node, labelInstance: id})
+	c.Output = e.outputTo(e.outputOf(id), s.Holder)
+	c.Sandbox, c.Labels = s, e.placeLabels(i, map[string]string{labelNode: e.cfg.Node, labelInstance: id})
 	if c.Spec, err = e.spec(ctx, i, s); err != nil {
 		return s, nil, err
 	}
@@ -145,9 +150,9 @@ func (e *Engine) makeSandbox(ctx context.Context, i *instance) (sandbox, launche
 	return s, l, err
 }
 
-// container names an Instance's container and where its files are.
+// container names an Instance's container and where the launcher's files are.
 func (e *Engine) container(id string) container {
-	return container{ID: containerID(id), Output: e.outputTo(e.outputOf(id)), Control: e.controlOf(id)}
+	return container{ID: containerID(id), Control: e.controlOf(id)}
 }
 
 func (e *Engine) endCreation(i *instance, s sandbox, l launcher, err error) {

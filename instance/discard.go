@@ -133,6 +133,9 @@ func (e *Engine) remove(ctx context.Context, i *instance, grace time.Duration) e
 	}
 	grace = e.drain(ctx, i, grace)
 	i.letGo()
+	if err := i.hide(); err != nil { // it is gone when the kubelet removes the pod
+		e.log.Warn("function's files still shown in its pod", "instance", i.id, "error", err)
+	}
 	if err := e.backend.StopTask(ctx, containerID(i.id), e.cgroups.function(i.place()), grace); err != nil {
 		return err
 	}

@@ -36,6 +36,7 @@ type Engine struct {
 	shelf   *shelf
 	codes   *codeStore
 	logs    *logStore
+	strays  *strays // reconcile's
 	cgroups cgroups
 	proc    string // where the kernel tells of memory and processes: /proc
 
@@ -78,7 +79,11 @@ func New(cfg Config) (*Engine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("instance engine: %w", err)
 	}
-	e, err := newEngine(cfg, n, n.cgroups, "/proc")
+	var b backend = n
+	if cfg.Kubelet != "" {
+		b = &kubeletNode{n, cfg.Kubelet}
+	}
+	e, err := newEngine(cfg, b, n.cgroups, "/proc")
 	if err != nil {
 		return nil, errors.Join(err, n.Close())
 	}
@@ -104,6 +109,7 @@ func newEngine(cfg Config, b backend, c cgroups, proc string) (*Engine, error) {
 	e.library = newLibrary(b, cfg.Phases, e.spawn)
 	e.shelf = newShelf(b, e.library, cfg.Prefetch, cfg.Logger, e.spawn, e.starts.lull)
 	e.codes = newCodeStore(b, e.library, cfg.Logger, e.spawn)
+	e.strays = &strays{dir: cfg.NetworkDir, proc: proc, age: cfg.NetworkAge}
 	e.logs = &logStore{root: cfg.Root, kept: cfg.KeptLogs}
 	return e, nil
 }

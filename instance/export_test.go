@@ -253,3 +253,48 @@ func SidecarServe(ip string, r *hearthv1.Revision) control.Serve {
 
 // WithDefaults is the Config as the engine takes it.
 func (c Config) WithDefaults() (Config, error) { return c.withDefaults() }
+
+// ParsePodGroup reads a /proc/PID/cgroup.
+func ParsePodGroup(text []byte) (string, error) { return parsePodGroup(text) }
+
+// FunctionGroup is the cgroup of a Function in a pod's, and what runc is told of it.
+func FunctionGroup(pod, id string) (path, runc string) {
+	learnt := &podGroups{paths: map[string]string{}}
+	learnt.learn(id, pod)
+	path = cgroups{learnt: learnt}.function(member{id, id})
+	return path, runcPath(path)
+}
+
+// ShowTree has who enters a pod's mount namespace see a function's files.
+func ShowTree(function, pod uint32) error {
+	from, err := os.Open(namespacePath(function, "mnt"))
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, root, err := holder{Pid: pod}.open()
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	defer root.Close()
+	return showTree(from, to, root)
+}
+
+// HideTree ends that.
+func HideTree(pod uint32) error {
+	p := newPod("x")
+	i := newInstance("x", p)
+	i.sandbox.Holder.Pid = pod
+	return i.hide()
+}
+
+// InMountsOf runs f in a process's mount namespace.
+func InMountsOf(pid uint32, f func() error) error {
+	namespace, err := os.Open(namespacePath(pid, "mnt"))
+	if err != nil {
+		return err
+	}
+	defer namespace.Close()
+	return inMountsOf(namespace, f)
+}

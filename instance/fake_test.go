@@ -53,6 +53,8 @@ type fake struct {
 	views      map[string]string              // image by key
 	sidecars   map[string]*fakeSidecar        // by container
 	cgroups    sync.Map                       // paths, by Instance, once it has a container
+	foreign    bool                           // sandboxes are the kubelet's
+	mentioned  map[string]bool                // network namespaces in containerd's records
 }
 
 func newFake(t *testing.T) *fake {
@@ -79,6 +81,10 @@ func (f *fake) RunSandbox(ctx context.Context, id string) (s instance.Sandbox, e
 		s = instance.Sandbox{
 			ID: fmt.Sprintf("box-%d", f.next), Pod: id, Ready: true, Created: time.Now(),
 			IP: netip.AddrFrom4([4]byte{10, 0, byte(f.next >> 8), byte(f.next)}), Pid: uint32(f.next), Netns: uint64(f.next),
+			Foreign: f.foreign,
+		}
+		if f.foreign {
+			s.Holder.ID = fmt.Sprintf("holder-%d", f.next)
 		}
 		f.sandboxes[s.ID] = s
 		return ctx.Err()
@@ -372,6 +378,11 @@ func (f *fake) Exits(ctx context.Context, subscribed func(), tell func(instance.
 			return ctx.Err()
 		}
 	}
+}
+
+func (f *fake) Mentioned(context.Context, []string) (names map[string]bool, err error) {
+	err = f.locked(func() error { names = maps.Clone(f.mentioned); return nil })
+	return names, err
 }
 
 func (f *fake) Ready(context.Context) error { return f.locked(func() error { return nil }) }

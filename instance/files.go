@@ -35,16 +35,21 @@ func (e *Engine) filesOf(id string) string { return filepath.Join(e.filesRoot(),
 // outputOf is where the output of an Instance's process goes until a Function's log is made of it.
 func (e *Engine) outputOf(id string) string { return filepath.Join(e.filesOf(id), "output"+logSuffix) }
 
-// outputTo has containerd's shim start a logwriter, which writes a container's output to that file and bounds it.
-func (e *Engine) outputTo(file string) string {
+// outputTo has containerd's shim start a logwriter, which writes a container's output to that file and bounds it, and to where a
+// holder's output goes, if there is one.
+func (e *Engine) outputTo(file string, also holder) string {
 	arguments := url.Values{"file": {file}, "bytes": {strconv.FormatInt(e.cfg.MaxLogBytes, 10)}}
+	if also.Pipe != 0 {
+		arguments.Set("pipe", strconv.FormatUint(also.Pipe, 10))
+		arguments.Set("of", strconv.FormatUint(uint64(also.Pid), 10))
+	}
 	return (&url.URL{Scheme: "binary", Path: e.launcherRoot + logWriterProgram, RawQuery: arguments.Encode()}).String()
 }
 
 // controlOf is the directory of the launcher's socket.
 func (e *Engine) controlOf(id string) string { return filepath.Join(e.filesOf(id), "control") }
 
-// writeFiles writes what the CRI would mount into a container of the sandbox, before anyone needs it.
+// writeFiles writes what the CRI would mount into a container of the sandbox, before anyone needs it; or has mounted into the holder's.
 func (e *Engine) writeFiles(i *instance, s sandbox) error {
 	id, host := i.id, i.pod.id
 	resolv, err := resolvConf(e.cfg.ResolvConf)
@@ -66,6 +71,9 @@ func (e *Engine) writeFiles(i *instance, s sandbox) error {
 	for name, text := range map[string][]byte{
 		fileHosts: []byte(hosts), fileHostname: []byte(host + "\n"), fileResolvConf: resolv,
 	} {
+		if its, ok := s.Holder.Etc[name]; ok {
+			text = its
+		}
 		if err := os.WriteFile(filepath.Join(dir, name), text, 0o644); err != nil {
 			return fmt.Errorf("files of instance %s: %w", id, err)
 		}

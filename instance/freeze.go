@@ -249,7 +249,7 @@ func (e *Engine) thaw(ctx context.Context, i *instance, a *activation) error {
 // recordThaw has containerd know whose a thawed Instance is. Until then it is noted as frozen although it runs.
 func (e *Engine) recordThaw(ctx context.Context, i *instance) error {
 	i.mu.Lock()
-	labels := i.labels(e.cfg.Node)
+	labels := e.labels(i)
 	i.mu.Unlock()
 	labels[labelFrozen] = ""
 	return e.backend.Label(ctx, containerID(i.id), labels)

@@ -112,7 +112,7 @@ func TestLogsThatLostTheirBeginning(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := logfile.Open(path, 1<<20)
+	w, err := logfile.Open(path, 1<<20, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

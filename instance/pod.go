@@ -152,7 +152,10 @@ func (i *instance) placed(r *hearthv1.Revision) *hearthv1.Revision {
 }
 
 // placeLabels are what a restarted engine has to know of an Instance's place.
-func (i *instance) placeLabels(to map[string]string) map[string]string {
+func (e *Engine) placeLabels(i *instance, to map[string]string) map[string]string {
+	if path := e.cgroups.learnt.of(i.pod.id); path != "" {
+		to[labelCgroup] = path
+	}
 	if i.worker() {
 		to[labelPod], to[labelSlot] = i.pod.id, strconv.Itoa(i.slot)
 	}

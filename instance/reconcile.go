@@ -58,11 +58,11 @@ func (e *Engine) survey(ctx context.Context) (*survey, error) {
 }
 
 // ids are those of all Instances that the survey has seen something of. A pod in which workers are is theirs, and no sign of the
-// Instance that it was made for.
+// Instance that it was made for; neither is one of the kubelet's in which nothing of ours is, which it keeps for as long as it likes.
 func (s *survey) ids() map[string]bool {
 	ids := map[string]bool{}
-	for id := range s.sandboxes {
-		if !s.shared[id] {
+	for id, boxes := range s.sandboxes {
+		if !s.shared[id] && !boxes[0].Foreign {
 			ids[id] = true
 		}
 	}
@@ -98,6 +98,7 @@ func (e *Engine) reconcile(ctx context.Context) error {
 		e.compare(s, before)
 	}
 	e.removeSnapshots(bounded, s)
+	e.removeStrays(bounded)
 	e.metrics.prepared.Set(float64(e.shelf.count()))
 	if err := e.logs.trim(); err != nil {
 		e.log.Warn("logs not trimmed", "error", err)
@@ -180,6 +181,7 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	if err != nil {
 		return i, err
 	}
+	e.cgroups.learnt.learn(i.pod.id, box.Holder.Group)
 	if err := e.writeFiles(i, box); err != nil {
 		return i, err
 	}
@@ -278,6 +280,7 @@ func (e *Engine) orphan(id string, c containerInfo) (*instance, error) {
 	i.pid = c.Pid
 	i.version, _ = strconv.ParseInt(c.Labels[labelVersion], 10, 64) // 0 when malformed: none
 	i.image, i.chainID, i.snapshot = c.Labels[labelImage], c.Labels[labelChain], c.Snapshot
+	e.cgroups.learnt.learn(i.pod.id, c.Labels[labelCgroup]) // its sandbox may be no more
 	i.booted = bootedBefore(i, c.Labels)
 	whose := owner{tenant: c.Labels[labelTenant], group: c.Labels[labelGroup]}
 	if c.Labels[labelClaim] == "" {
@@ -330,6 +333,7 @@ func (e *Engine) install(i *instance) {
 		e.end(i, hearthv1.State_STATE_DRAINING, 0)
 	case hearthv1.State_STATE_SERVING, hearthv1.State_STATE_FROZEN:
 		e.limitCPU(i, i.revision.GetResources().GetCpuMillis())
+		e.show(i)
 		fallthrough
 	case hearthv1.State_STATE_WARM:
 		e.watchProcess(i, i.pid)

@@ -177,7 +177,7 @@ func (e *Engine) bootWarm(ctx context.Context, i *instance, rt *hearthv1.Runtime
 		return err
 	}
 	i.mu.Lock()
-	box, r := i.sandbox, record{ID: containerID(i.id), Image: i.image, Snapshot: i.snapshot, Labels: i.labels(e.cfg.Node)}
+	box, r := i.sandbox, record{ID: containerID(i.id), Image: i.image, Snapshot: i.snapshot, Labels: e.labels(i)}
 	i.mu.Unlock()
 	if r.Spec, err = e.spec(ctx, i, box); err != nil {
 		return err

@@ -195,12 +195,12 @@ func lastLines(path string) string {
 func (e *Engine) onExit(x exit) {
 	for _, i := range e.all() {
 		i.mu.Lock()
-		box, ending := i.sandbox.ID, i.ending
+		box, holder, ending := i.sandbox.ID, i.sandbox.Holder.ID, i.ending
 		i.mu.Unlock()
 		switch {
 		case x.Container == containerID(i.id):
 			e.processEnded(i, x.Status)
-		case x.Container == box && !ending:
+		case (x.Container == box || x.Container == holder) && !ending: // the kubelet ends a Pod with its container, and then the sandbox
 			e.log.Warn("sandbox ended", "instance", i.id)
 			e.end(i, hearthv1.State_STATE_GONE, 0)
 		}

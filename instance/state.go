@@ -177,8 +177,8 @@ func (v *versions) seen(n int64) {
 }
 
 // labels of the container of an Instance that serves, or in which a Runtime waits; mu must be held.
-func (i *instance) labels(node string) map[string]string {
-	list := i.placeLabels(map[string]string{labelNode: node, labelInstance: i.id, labelImage: i.image, labelChain: i.chainID,
+func (e *Engine) labels(i *instance) map[string]string {
+	list := e.placeLabels(i, map[string]string{labelNode: e.cfg.Node, labelInstance: i.id, labelImage: i.image, labelChain: i.chainID,
 		labelVersion: strconv.FormatInt(i.version, 10)})
 	if i.booted != nil {
 		i.booted.labels(list)

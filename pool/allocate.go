@@ -307,14 +307,15 @@ func (m *Manager) turns(now time.Time) (turns []turn, total int) {
 func (m *Manager) pick(f *function, pod string) *instance {
 	var all []*instance
 	var candidates []candidate
+	near := m.neighbours(f)
 	add := func(s set, degree hearthv1.Degree) {
 		for i := range s {
 			n := m.nodes[i.node]
-			if i.refused || !n.synced {
+			if i.refused || !n.synced || n.info.Cordoned {
 				continue
 			}
 			all = append(all, i)
-			candidates = append(candidates, candidate{id: i.id, degree: degree, spares: len(s), created: i.created, image: n.has(f.revision.GetName())})
+			candidates = append(candidates, candidate{id: i.id, degree: degree, beside: near[n.name], inZone: near[n.zone()], spares: len(s), created: i.created, image: n.has(f.revision.GetName())})
 		}
 	}
 	if frozen := m.frozenOf(f); len(frozen) > 0 {
@@ -343,6 +344,21 @@ func (m *Manager) pick(f *function, pod string) *instance {
 	return nil
 }
 
+// neighbours counts a Function's Instances by node and by zone, none of which is named as the others are.
+func (m *Manager) neighbours(f *function) map[string]int {
+	if len(m.nodes) < 2 {
+		return nil
+	}
+	near := map[string]int{}
+	for i := range m.index.functions[f.name] {
+		if n := m.nodes[i.node]; n != nil && i.state != hearthv1.State_STATE_FROZEN && !i.leaving() {
+			near[n.name]++
+			near[n.zone()]++
+		}
+	}
+	return near
+}
+
 // activate makes a claim on an Instance and has the node carry it out.
 func (m *Manager) activate(now time.Time, f *function, a *allocation, i *instance) {
 	n := m.nodes[i.node]
@@ -354,7 +370,7 @@ func (m *Manager) activate(now time.Time, f *function, a *allocation, i *instanc
 	m.place(i)
 	n.began = now
 	req := &hearthv1.ActivateRequest{InstanceId: i.id, Claim: a.claim, Revision: m.complete(f)}
-	m.do(func(ctx context.Context) {
+	m.call(n, func(ctx context.Context) {
 		ctx, cancel := context.WithDeadline(ctx, a.deadline.Add(outcomeSlack))
 		defer cancel()
 		res, err := n.client.Activate(ctx, req)

@@ -13,6 +13,8 @@ type candidate struct {
 	id      string
 	degree  hearthv1.Degree
 	image   bool // the Revision's image is on its node
+	beside  int  // Instances of the Function that are on its node
+	inZone  int  // and in its zone
 	spares  int  // Instances to spare on its node
 	created time.Time
 }
@@ -26,7 +28,8 @@ func (c candidate) warmth() int {
 	return w
 }
 
-// choose returns the index of the best candidate, or -1: the warmest, then the one whose node has most to spare, then the oldest.
+// choose returns the index of the best candidate, or -1: the warmest, then the one with fewest of its Function's Instances beside it,
+// so that they do not fail together, then the one whose node has most to spare, then the oldest.
 func choose(candidates []candidate) int {
 	best := -1
 	for i, c := range candidates {
@@ -38,7 +41,8 @@ func choose(candidates []candidate) int {
 }
 
 func better(a, b candidate) bool {
-	return cmp.Or(cmp.Compare(b.warmth(), a.warmth()), cmp.Compare(b.spares, a.spares), a.created.Compare(b.created), cmp.Compare(a.id, b.id)) < 0
+	return cmp.Or(cmp.Compare(b.warmth(), a.warmth()), cmp.Compare(a.inZone, b.inZone), cmp.Compare(a.beside, b.beside),
+		cmp.Compare(b.spares, a.spares), a.created.Compare(b.created), cmp.Compare(a.id, b.id)) < 0
 }
 
 // turn is a Function that waits for an Instance.

@@ -120,7 +120,7 @@ func (m *Manager) discardNext(now time.Time) {
 		}
 		d.calling = true
 		d.attempts++
-		m.do(func(ctx context.Context) {
+		m.call(n, func(ctx context.Context) {
 			ctx, cancel := context.WithTimeout(ctx, discardTime)
 			defer cancel()
 			err := n.client.Discard(ctx, &hearthv1.DiscardRequest{InstanceId: i.id, Epoch: m.epoch})

@@ -37,6 +37,9 @@ func (m *Manager) Subscribe(ctx context.Context, name string, send func(*hearthv
 	if len(name) > maxIDBytes {
 		return connect.NewError(connect.CodeInvalidArgument, errors.New("subscriber: the name is too long"))
 	}
+	if err := m.awaitGathered(ctx); err != nil {
+		return err
+	}
 	s, opening, err := m.subscribe(name)
 	if err != nil {
 		return err
@@ -229,8 +232,8 @@ func (m *Manager) send(e *hearthv1.Endpoints) {
 func (m *Manager) endpoints(f *function) *hearthv1.Endpoints {
 	e := &hearthv1.Endpoints{Function: f.name, Version: f.version, Spec: f.public, Revision: f.revision.GetName()}
 	for i := range m.index.functions[f.name] {
-		if i.state != hearthv1.State_STATE_SERVING && i.state != hearthv1.State_STATE_DRAINING {
-			continue
+		if i.state != hearthv1.State_STATE_SERVING && i.state != hearthv1.State_STATE_DRAINING || i.away {
+			continue // one that is left out may be listed again, and one that drains may not
 		}
 		said := i.message()
 		if !i.routable() {

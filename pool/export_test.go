@@ -14,6 +14,9 @@ func CheckIndex(m *Manager) error {
 		for _, s := range x.functions {
 			n += len(s)
 		}
+		for _, s := range x.nodes {
+			n += len(s)
+		}
 		for _, s := range x.groups {
 			n += len(s)
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -30,6 +31,7 @@ type fakeNode struct {
 	watchers  map[chan *hearthv1.WatchInstancesResponse]chan struct{}
 	epoch     int64
 	down      bool
+	dead      bool                // no answer comes, of any kind
 	wins      map[string][]string // claims that succeeded, by Instance
 	created   int
 	most      int // Instances that were neither serving nor going at once
@@ -43,7 +45,7 @@ type fakeNode struct {
 	owners    map[string]string // of pods
 	freezes   int
 
-	createTime, activateTime, prepareTime, freezeTime time.Duration
+	createTime, activateTime, prepareTime, freezeTime, watchTime time.Duration
 	// hook may answer in the node's stead: before anything is done, or after (lost answers).
 	before, after func(call, id string) error
 	start         func(r *hearthv1.Revision) error
@@ -65,6 +67,12 @@ func code(c connect.Code, format string, args ...any) error {
 func (n *fakeNode) enter(ctx context.Context, call, id string) error {
 	if err := ctx.Err(); err != nil {
 		return code(connect.CodeCanceled, "%w", err)
+	}
+	if n.dead {
+		n.mu.Unlock()
+		<-ctx.Done()
+		n.mu.Lock()
+		return code(connect.CodeCanceled, "%w", ctx.Err())
 	}
 	if n.down {
 		return code(connect.CodeUnavailable, "connection refused")
@@ -282,6 +290,12 @@ func (n *fakeNode) Discard(ctx context.Context, r *hearthv1.DiscardRequest) erro
 
 func (n *fakeNode) Watch(ctx context.Context, event func(*hearthv1.WatchInstancesResponse) error) error {
 	n.mu.Lock()
+	n.sleep(n.watchTime)
+	if n.dead {
+		n.mu.Unlock()
+		time.Sleep(time.Second)
+		return connect.NewError(connect.CodeUnavailable, os.ErrDeadlineExceeded)
+	}
 	if n.down {
 		n.mu.Unlock()
 		return code(connect.CodeUnavailable, "connection refused")
@@ -344,6 +358,14 @@ func (n *fakeNode) cut() {
 		close(broken)
 		delete(n.watchers, w)
 	}
+}
+
+// die is the end of the whole node, with all that is under way.
+func (n *fakeNode) die() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.dead = true
+	n.cut()
 }
 
 // kill is kill -9 of the nodeagent, which is back after a while: what was not Warm or Serving is no more.

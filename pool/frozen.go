@@ -47,7 +47,7 @@ func (m *Manager) frozenOf(f *function) set {
 func (m *Manager) freeze(i *instance) {
 	i.freezing = true
 	n := m.nodes[i.node]
-	m.do(func(ctx context.Context) {
+	m.call(n, func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, freezeTime)
 		defer cancel()
 		said, err := n.client.Freeze(ctx, &hearthv1.FreezeRequest{InstanceId: i.id, Epoch: m.epoch})

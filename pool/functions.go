@@ -177,10 +177,8 @@ func (m *Manager) applied(now time.Time, f *function, r store.Record) {
 	}
 	m.thin(now, f)
 	m.log.Info("function applied", "function", f.name, "generation", f.status.GetGeneration(), "revision", f.revision.GetName())
-	for _, n := range m.nodes {
-		if n.synced {
-			m.prepareFunction(n, f)
-		}
+	for _, n := range m.homes(f) {
+		m.prepareFunction(n, f)
 	}
 }
 
@@ -347,7 +345,7 @@ func (m *Manager) message(f *function) *hearthv1.Function {
 	c := m.count(f)
 	return &hearthv1.Function{Name: f.name, Spec: f.public, Status: &hearthv1.FunctionStatus{
 		Generation: f.status.GetGeneration(), Revision: f.revision.GetName(), Ready: int32(c.ready), Starting: int32(c.starting),
-		Desired: int32(f.desired), Reason: f.reason, CreatedAt: f.status.GetCreatedAt(), UpdatedAt: f.status.GetUpdatedAt(),
+		Desired: int32(f.desired), Reason: f.reason, Error: f.lastErr, CreatedAt: f.status.GetCreatedAt(), UpdatedAt: f.status.GetUpdatedAt(),
 	}}
 }
 

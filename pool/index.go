@@ -18,6 +18,7 @@ type position struct {
 	function string // whose it is, or is about to be
 	group    group  // likewise
 	spare    place
+	node     string
 	isSpare  bool
 	frozen   bool
 	restless bool // something is under way with it, or it has an end
@@ -27,14 +28,14 @@ type position struct {
 // index finds Instances without looking at all of them: most stand still while a few are claimed. Whoever changes an Instance calls
 // Manager.place afterwards. Guarded by Manager.mu.
 type index struct {
-	functions                  map[string]set
+	functions, nodes           map[string]set
 	groups                     map[group]set
 	spare                      map[place]set
 	frozen, restless, outdated set
 }
 
 func newIndex() index {
-	return index{functions: map[string]set{}, groups: map[group]set{}, spare: map[place]set{}, frozen: set{}, restless: set{}, outdated: set{}}
+	return index{functions: map[string]set{}, nodes: map[string]set{}, groups: map[group]set{}, spare: map[place]set{}, frozen: set{}, restless: set{}, outdated: set{}}
 }
 
 // position of an Instance that is known; the zero value is that of one that is not.
@@ -42,7 +43,7 @@ func (m *Manager) position(i *instance) position {
 	if m.instances[i.id] != i {
 		return position{}
 	}
-	p := position{restless: i.restless()}
+	p := position{restless: i.restless(), node: i.node}
 	if i.state == hearthv1.State_STATE_GONE {
 		return p
 	}
@@ -71,6 +72,7 @@ func (m *Manager) place(i *instance) {
 	}
 	x := &m.index
 	move(x.functions, i.at.function, to.function, i.at.function != "", to.function != "", i)
+	move(x.nodes, i.at.node, to.node, i.at.node != "", to.node != "", i)
 	move(x.groups, i.at.group, to.group, i.at.group != (group{}), to.group != (group{}), i)
 	move(x.spare, i.at.spare, to.spare, i.at.isSpare, to.isSpare, i)
 	x.frozen.put(i, to.frozen)

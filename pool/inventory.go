@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -12,6 +13,8 @@ import (
 const (
 	reconnectFirst = 50 * time.Millisecond
 	reconnectMost  = 500 * time.Millisecond
+	// toldAfter is after how many attempts in a row it is said that there is nobody.
+	toldAfter = 4
 	// outcomeSlack is how long after a claim's deadline the node has to end it.
 	outcomeSlack = 3 * time.Second
 	// refusedTime is how long an Instance that was refused although it looked Warm is left alone before it is discarded.
@@ -36,7 +39,9 @@ func (m *Manager) watch(ctx context.Context, n *node) {
 		if errors.Is(err, ErrStale) {
 			return
 		}
-		failures++
+		if failures++; failures == toldAfter && ctx.Err() == nil {
+			m.log.Warn("node cannot be reached; it is tried again", "node", n.name, "err", err)
+		}
 		pause := time.NewTimer(backoff(failures, reconnectFirst, reconnectMost))
 		select {
 		case <-ctx.Done():
@@ -56,11 +61,17 @@ func (m *Manager) connected(n *node) int {
 
 func (m *Manager) lost(n *node, err error) {
 	m.fact(func(now time.Time) {
+		if n.removed {
+			return
+		}
 		if n.synced || n.since.IsZero() {
 			m.log.Warn("node lost", "node", n.name, "err", err)
 			n.since = now
 		}
-		n.synced = false
+		n.synced, n.heard = false, true
+		if n.silent = unanswered(err); n.silent {
+			n.cut() // nobody will answer; claims go elsewhere
+		}
 		m.tellReady()
 	})
 }
@@ -68,6 +79,10 @@ func (m *Manager) lost(n *node, err error) {
 // event takes in one message, and says whether it was the mark.
 func (m *Manager) event(n *node, session int, e *hearthv1.WatchInstancesResponse) (synced bool) {
 	m.fact(func(now time.Time) {
+		if n.removed {
+			return
+		}
+		n.silent = false
 		if i := e.GetInstance(); i != nil {
 			m.observe(now, n, session, i)
 		}
@@ -80,12 +95,12 @@ func (m *Manager) event(n *node, session int, e *hearthv1.WatchInstancesResponse
 
 // sync closes a node's opening list: what it left out is gone.
 func (m *Manager) sync(now time.Time, n *node, session int) {
-	for _, i := range m.instances {
-		if i.node == n.name && i.session < session && !i.making && i.by == nil && !i.freezing {
+	for i := range maps.Clone(m.index.nodes[n.name]) {
+		if i.session < session && !i.making && i.by == nil && !i.freezing {
 			m.remove(now, i)
 		}
 	}
-	n.synced, n.since = true, time.Time{}
+	n.synced, n.heard, n.since = true, true, time.Time{}
 	clear(n.supplies)
 	m.tellReady()
 	m.log.Info("node connected", "node", n.name)
@@ -93,6 +108,15 @@ func (m *Manager) sync(now time.Time, n *node, session int) {
 		if r.current != nil {
 			m.prepareRuntime(n, r)
 		}
+	}
+	if m.config.PrepareNodes > 0 {
+		for name, p := range n.prepares { // it may have less than it had
+			if p.run == nil && !m.isRuntimeImage(name) {
+				delete(n.prepares, name)
+			}
+		}
+		m.resettle(now)
+		return
 	}
 	for _, f := range m.functions {
 		if !f.deleting {
@@ -138,7 +162,7 @@ func (m *Manager) meant(now time.Time, n *node, session int, said *hearthv1.Inst
 	switch {
 	case i == nil && (said.GetState() == hearthv1.State_STATE_GONE || said.GetId() == ""):
 	case i == nil:
-		i = &instance{id: said.GetId(), node: n.name, gone: make(chan struct{}), created: now}
+		i = &instance{id: said.GetId(), node: n.name, away: n.away, gone: make(chan struct{}), created: now}
 		m.add(i)
 	case i.node != n.name:
 		m.log.Error("two nodes have an instance of one name; the second is ignored", "instance", i.id, "node", i.node, "second", n.name)
@@ -217,6 +241,7 @@ func (m *Manager) merge(now time.Time, i *instance, said *hearthv1.Instance) {
 	if before == i.state {
 		return
 	}
+	m.tell(i)
 	switch i.state {
 	case hearthv1.State_STATE_WARM:
 		m.tellStocked()
@@ -283,6 +308,7 @@ func (m *Manager) remove(now time.Time, i *instance) {
 	m.touch(i)
 	i.state = hearthv1.State_STATE_GONE
 	close(i.gone)
+	m.tell(i)
 }
 
 // expireNodes gives up the Instances of nodes that have been away for too long.
@@ -295,9 +321,9 @@ func (m *Manager) expireNodes(now time.Time) {
 			m.at(end)
 			continue
 		}
-		for _, i := range m.instances {
+		for i := range maps.Clone(m.index.nodes[n.name]) {
 			// What the stream of now has named is there, even if it has not told everything yet.
-			if i.node == n.name && i.session < n.session && i.by == nil && !i.making && !i.freezing {
+			if i.session < n.session && i.by == nil && !i.making && !i.freezing {
 				m.remove(now, i)
 			}
 		}
@@ -318,6 +344,13 @@ func (m *Manager) expireInstances(now time.Time) {
 			m.log.Warn("discard an instance whose claim came to nothing", "instance", i.id, "claim", i.claim.GetId())
 			m.startDiscard(now, i)
 		}
+	}
+}
+
+// tell says outside that an Instance changed.
+func (m *Manager) tell(i *instance) {
+	if m.config.Changed != nil {
+		m.config.Changed(i.id)
 	}
 }
 

@@ -37,8 +37,9 @@ type Store interface {
 	PutRuntime(store.Runtime) error
 }
 
-// Config says what a Manager works with. Nodes and Store must be set.
+// Config says what a Manager works with. Store must be set.
 type Config struct {
+	// Nodes that are there from the beginning; see AddNode.
 	Nodes map[string]Node
 	Store Store
 	// PoolSize is how many sandboxes each node keeps, besides the booted Instances that Runtimes ask for; default DefaultPoolSize,
@@ -54,6 +55,10 @@ type Config struct {
 	FrozenTTL time.Duration
 	// Snapshots of a Revision that a node keeps prepared; default 2, negative is none.
 	Snapshots int
+	// PrepareNodes is on how many nodes a Function's Revision is prepared ahead of use; 0 is all of them.
+	PrepareNodes int
+	// Changed is told the id of each Instance whose state or claim changed, or that is gone. It must not block. May be nil.
+	Changed func(instance string)
 	// NodeTimeout is how long the endpoints of a node that cannot be reached stay; default 30 s.
 	NodeTimeout time.Duration
 	// DrainTimeout bounds a drain, on top of the Function's own timeout; default 30 s.
@@ -65,9 +70,6 @@ type Config struct {
 }
 
 func (c Config) withDefaults() (Config, error) {
-	if len(c.Nodes) == 0 {
-		return c, errors.New("pool: Config.Nodes is empty: there is nowhere to put an instance")
-	}
 	if c.Store == nil {
 		return c, errors.New("pool: Config.Store is not set")
 	}
@@ -109,6 +111,7 @@ type Manager struct {
 	metrics *metrics
 	epoch   int64
 	wake    chan struct{} // of capacity one: there are actions, or an earlier alarm
+	open    chan struct{} // closed when this term knows what there is: see gather
 	applies sync.Mutex    // held over the store's writes, so that they have one order; taken before mu
 
 	mu           sync.Mutex // guards what follows and all that it leads to; never held over I/O
@@ -119,6 +122,10 @@ type Manager struct {
 	alarm        time.Time // when to step again; zero is never
 	version      int64     // of the last Endpoints event
 	nodes        map[string]*node
+	warmSets     []WarmSet
+	gathered     bool
+	gatherEnd    time.Time
+	settleAt     time.Time // when Functions are prepared anew; zero is never
 	functions    map[string]*function
 	changed      map[*function]struct{} // that gateways have to hear of
 	attended     map[*function]struct{} // see attend
@@ -156,7 +163,7 @@ func New(c Config) (*Manager, error) {
 		return nil, fmt.Errorf("read runtimes: %w", err)
 	}
 	m := &Manager{
-		config: c, log: c.Logger.With("epoch", epoch), epoch: epoch, wake: make(chan struct{}, 1),
+		config: c, log: c.Logger.With("epoch", epoch), epoch: epoch, wake: make(chan struct{}, 1), open: make(chan struct{}),
 		// So that versions grow over restarts too.
 		version: epoch << 32,
 		nodes:   map[string]*node{}, functions: map[string]*function{}, changed: map[*function]struct{}{}, attended: map[*function]struct{}{}, serials: map[string]int64{},
@@ -167,7 +174,7 @@ func New(c Config) (*Manager, error) {
 	m.metrics = newMetrics(c.Registerer, m)
 	now := time.Now()
 	for name, client := range c.Nodes {
-		m.nodes[name] = &node{name: name, client: client, since: now, supplies: map[string]*supply{}, prepares: map[string]*prepare{}}
+		m.newNode(now, name, client, NodeInfo{})
 	}
 	for _, r := range records {
 		m.load(r)
@@ -213,13 +220,11 @@ func (m *Manager) Run(ctx context.Context) error {
 	defer work.Wait()
 	defer cancel()
 	m.mu.Lock()
-	m.running = true
+	now := time.Now()
+	m.running, m.gatherEnd = true, now.Add(gatherTime)
 	m.tellReady()
-	m.step(time.Now())
+	m.step(now)
 	m.mu.Unlock()
-	for _, n := range m.nodes {
-		work.Go(func() { m.watch(ctx, n) })
-	}
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
@@ -305,17 +310,24 @@ func (m *Manager) step(now time.Time) {
 		return
 	}
 	m.alarm = time.Time{}
+	m.gather(now)
+	m.hush()
 	m.expireNodes(now)
 	m.expireInstances(now)
 	m.expireFrozen(now)
 	m.expireAllocations(now)
 	m.expireSubscribers(now)
-	m.reserve(now)
-	m.rollOut(now)
+	if m.gathered {
+		m.reserve(now)
+		m.rollOut(now)
+	}
 	m.publish()
 	m.endDrains(now)
-	m.dispatch(now)
+	if m.gathered {
+		m.dispatch(now)
+	}
 	m.refillNodes(now)
+	m.prepareAll(now)
 	m.discardNext(now)
 	m.forgetOld()
 	m.finishDeletions()

@@ -17,19 +17,19 @@ type metrics struct {
 func newMetrics(r prometheus.Registerer, m *Manager) *metrics {
 	f := promauto.With(r)
 	counters := func(name, help string) *prometheus.CounterVec {
-		return f.NewCounterVec(prometheus.CounterOpts{Name: "hearth_pool_" + name, Help: help}, []string{"result"})
+		return f.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, []string{"result"})
 	}
 	if r != nil {
 		r.MustRegister(stockCollector{m})
 	}
 	return &metrics{
-		allocations: counters("allocations_total", "Allocations that ended, by result."),
-		claims:      counters("claims_total", "Claims that nodes answered, by result; an allocation may need several."),
-		made:        counters("instances_made_total", "Warm instances made, by result."),
-		discards:    counters("discards_total", "Calls that discard an instance, by result."),
-		drains:      counters("drains_total", "Drains that ended: drained, or timeout with requests in flight."),
-		freezes:     counters("freezes_total", "Instances that were to be frozen because they were not needed, by result."),
-		prepares:    counters("prepares_total", "Images made present on a node ahead of use, by result."),
+		allocations: counters("hearth_pool_allocations_total", "Allocations that ended, by result."),
+		claims:      counters("hearth_pool_claims_total", "Claims that nodes answered, by result; an allocation may need several."),
+		made:        counters("hearth_pool_instances_made_total", "Warm instances made, by result."),
+		discards:    counters("hearth_pool_discards_total", "Calls that discard an instance, by result."),
+		drains:      counters("hearth_pool_drains_total", "Drains that ended: drained, or timeout with requests in flight."),
+		freezes:     counters("hearth_pool_freezes_total", "Instances that were to be frozen because they were not needed, by result."),
+		prepares:    counters("hearth_pool_prepares_total", "Images made present on a node ahead of use, by result."),
 		allocateTime: f.NewHistogram(prometheus.HistogramOpts{Name: "hearth_pool_allocate_seconds",
 			Help: "From an allocation's arrival to an instance that serves.", Buckets: prometheus.ExponentialBuckets(0.005, 2, 14)}),
 		drainTime: f.NewHistogram(prometheus.HistogramOpts{Name: "hearth_pool_drain_seconds",

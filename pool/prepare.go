@@ -74,6 +74,11 @@ func (m *Manager) prepareOn(n *node, p *prepare) *prepare {
 		}
 	}
 	p.done = make(chan struct{})
+	if n.removed {
+		p.err = errNodeGone
+		close(p.done)
+		return p
+	}
 	p.run = func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, prepareTime)
 		defer cancel()
@@ -100,7 +105,7 @@ func (m *Manager) nextPrepare(n *node) {
 		if p.run != nil && !p.started && running < prepareParallel {
 			p.started = true
 			running++
-			m.do(p.run)
+			m.call(n, p.run)
 		}
 	}
 }
@@ -124,10 +129,11 @@ func (m *Manager) awaitPrepared(ctx context.Context, name string) error {
 	m.mu.Lock()
 	var waits []*prepare
 	f := m.functions[name]
-	for _, n := range m.nodes {
-		if f == nil || !n.synced {
-			continue
-		}
+	var homes []*node
+	if f != nil {
+		homes = m.homes(f)
+	}
+	for _, n := range homes {
 		p := n.prepares[f.revision.GetName()]
 		if p == nil || p.run == nil && !n.has(f.revision.GetName()) {
 			p = m.prepareFunction(n, f)

@@ -50,6 +50,16 @@ func (r *runtime) image() *hearthv1.Revision {
 	return &hearthv1.Revision{Name: r.imageName(), Function: r.name + "-runtime", Image: r.current.GetImage(), Port: defaultPort}
 }
 
+// isRuntimeImage says whether what is prepared under a name is a Runtime's image.
+func (m *Manager) isRuntimeImage(name string) bool {
+	for _, r := range m.runtimes {
+		if r.current != nil && r.imageName() == name {
+			return true
+		}
+	}
+	return false
+}
+
 func (r *runtime) imageName() string { return fmt.Sprintf("%s-runtime-g%d", r.name, r.generation) }
 
 // complete is a Function's Revision with all that a node needs: its Runtime as it is now.
@@ -199,10 +209,8 @@ func (m *Manager) runtimeApplied(now time.Time, before, r *runtime) {
 		}
 		m.thin(now, f)
 		f.failures, f.lastErr = 0, "" // what failed before says nothing of this one
-		for _, n := range m.nodes {
-			if n.synced {
-				m.prepareFunction(n, f)
-			}
+		for _, n := range m.homes(f) {
+			m.prepareFunction(n, f)
 		}
 	}
 	if before != nil && before.current != nil {
@@ -337,7 +345,7 @@ func (m *Manager) stocked(name string) (bool, error) {
 		return false, connect.NewError(connect.CodeInternal, fmt.Errorf("runtime %s is stored, but does not boot: %s", name, strings.Join(errs, "; ")))
 	}
 	for _, n := range m.nodes {
-		if n.synced && (!n.has(r.imageName()) || len(m.index.spare[place{n.name, r.kind()}]) < int(r.current.GetWarm())) {
+		if n.synced && !n.info.Cordoned && (!n.has(r.imageName()) || len(m.index.spare[place{n.name, r.kind()}]) < m.size(n, r.name)) {
 			return false, nil
 		}
 	}

@@ -153,7 +153,19 @@ func (m *Manager) Delete(ctx context.Context, req *connect.Request[hearthv1.Dele
 	return connect.NewResponse(&hearthv1.DeleteResponse{}), nil
 }
 
-// ListInstances is FunctionService's; oldest first. The state is the node's, but for those that are being drained here.
+// shown is an Instance as people and controllers see it: the state is the node's, but for what is being made or drained here.
+func (i *instance) shown() *hearthv1.Instance {
+	said := i.message()
+	if i.making && said.State == hearthv1.State_STATE_UNSPECIFIED {
+		said.State = hearthv1.State_STATE_CREATING
+	}
+	if i.leaving() {
+		said.State = hearthv1.State_STATE_DRAINING
+	}
+	return said
+}
+
+// ListInstances is FunctionService's; oldest first.
 func (m *Manager) ListInstances(_ context.Context, req *connect.Request[hearthv1.ListInstancesRequest]) (*connect.Response[hearthv1.ListInstancesResponse], error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -162,14 +174,7 @@ func (m *Manager) ListInstances(_ context.Context, req *connect.Request[hearthv1
 		if i.state == hearthv1.State_STATE_GONE || req.Msg.GetFunction() != "" && i.function != req.Msg.GetFunction() {
 			continue
 		}
-		said := i.message()
-		if i.making && said.State == hearthv1.State_STATE_UNSPECIFIED {
-			said.State = hearthv1.State_STATE_CREATING
-		}
-		if i.leaving() {
-			said.State = hearthv1.State_STATE_DRAINING
-		}
-		res.Instances = append(res.Instances, said)
+		res.Instances = append(res.Instances, i.shown())
 	}
 	slices.SortFunc(res.Instances, func(a, b *hearthv1.Instance) int {
 		return cmp.Or(a.GetCreatedAt().AsTime().Compare(b.GetCreatedAt().AsTime()), cmp.Compare(a.GetId(), b.GetId()))

@@ -2,6 +2,7 @@ package pool
 
 import (
 	"cmp"
+	"context"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -33,6 +34,8 @@ type instance struct {
 	// by is the allocation that an Activate is under way for, which began when session was claimedIn.
 	by        *allocation
 	claimedIn int
+	// away: its node says nothing, so that gateways are not to use it.
+	away bool
 	// refused: the node did not give it to us although it looked free. limbo: the outcome of a claim on it is unknown. Either ends
 	// with the node's next word, or at until.
 	refused, limbo bool
@@ -109,7 +112,7 @@ func (i *instance) asleep() bool {
 
 // routable: gateways may send it requests.
 func (i *instance) routable() bool {
-	return i.state == hearthv1.State_STATE_SERVING && i.drain == nil && i.discard == nil && i.function != ""
+	return i.state == hearthv1.State_STATE_SERVING && i.drain == nil && i.discard == nil && i.function != "" && !i.away
 }
 
 // leaving: it still exists but takes no new requests.
@@ -125,7 +128,17 @@ func (i *instance) pending() bool {
 // node is one nodeagent.
 type node struct {
 	name   string
+	hash   uint64 // of name
 	client Node
+	info   NodeInfo
+	sizes  map[string]int // that warm sets ask for, by Runtime
+	// calls that are under way; stop ends watch.
+	calls   map[*context.CancelFunc]struct{}
+	stop    context.CancelFunc
+	removed bool
+	// heard: its stream has told everything once, or failed. silent: the last attempt at one got no answer of any kind. away: and so
+	// its Instances get no traffic.
+	heard, silent, away bool
 	// session counts streams; synced is whether the present one has told everything.
 	session int
 	synced  bool

@@ -14,12 +14,12 @@ import (
 // makeTime bounds the creation of a warm Instance, the boot of its Runtime included.
 const makeTime = time.Minute
 
-// wanted is how many Instances of each kind a node keeps: sandboxes first, then the Runtimes in the order of their names.
-func (m *Manager) wanted() []shelf {
-	all := []shelf{{size: m.config.PoolSize}}
+// kinds of warm Instances: sandboxes first, then the Runtimes in the order of their names.
+func (m *Manager) kinds() []shelf {
+	all := []shelf{{}}
 	for _, name := range slices.Sorted(maps.Keys(m.runtimes)) {
 		if r := m.runtimes[name]; r.current != nil {
-			all = append(all, shelf{kind: r.kind(), size: int(r.current.GetWarm())})
+			all = append(all, shelf{kind: r.kind()})
 		}
 	}
 	return all
@@ -28,7 +28,7 @@ func (m *Manager) wanted() []shelf {
 // refillNodes begins and ends warm Instances.
 func (m *Manager) refillNodes(now time.Time) {
 	m.giveUpOld(now)
-	shelves := m.wanted()
+	shelves := m.kinds()
 	waiting := m.waiting(now)
 	stocks := m.stocks(now, shelves, waiting)
 	for n, k := range shelves {
@@ -93,9 +93,12 @@ func (m *Manager) stocks(now time.Time, shelves []shelf, waiting map[kind]int) m
 		s := &stock{shelves: slices.Concat(shelves, m.podShelves(n, waiting)), began: n.began, ended: n.ended}
 		for c := range s.shelves {
 			k := &s.shelves[c]
+			if c < len(shelves) {
+				k.size = m.size(n, k.kind.runtime)
+			}
 			k.warm = len(m.index.spare[place{n.name, k.kind}])
 			k.retry = n.supply(k.kind.runtime).retry
-			k.closed = !m.ready(now, n, k.kind)
+			k.closed = n.info.Cordoned || n.info.Unready || !m.ready(now, n, k.kind)
 		}
 		all[n.name] = s
 	}
@@ -178,7 +181,7 @@ func (m *Manager) makeWarm(now time.Time, n *node, k kind) {
 	}
 	req.Degree = i.degree
 	m.add(i)
-	m.do(func(ctx context.Context) {
+	m.call(n, func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, makeTime)
 		defer cancel()
 		said, err := n.client.CreateInstance(ctx, req)

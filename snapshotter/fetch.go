@@ -22,6 +22,13 @@ func (s *Snapshotter) Fetch(ctx context.Context, imageRef string) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, s.cfg.PrepareTimeout, errDeadline)
 	defer cancel()
+	if s.cfg.Blobs != nil {
+		held, err := s.cfg.Blobs.Hold(ctx)
+		if err != nil {
+			return fmt.Errorf("fetch image %s: %w", imageRef, err) // the pull, which has a lease, keeps its blobs
+		}
+		ctx = held
+	}
 	se, err := s.sessions.open(ctx, sessionKey{ref: named.String()})
 	if err != nil {
 		return fmt.Errorf("fetch image %s: %w", imageRef, err)

@@ -10,6 +10,8 @@ import (
 
 // Blobs keeps the compressed blobs of layers, beside the trees that are made of them.
 type Blobs interface {
+	// Hold gives ctx a namespace and a lease for layers that are fetched before a containerd asks for them.
+	Hold(ctx context.Context) (context.Context, error)
 	// Keep opens a place for a layer's blob, under the namespace and the lease of the containerd that asked, which ctx carries.
 	// What is written is kept by commit, and thrown away by Close without one. w is nil if the blob is kept already.
 	Keep(ctx context.Context, ref string, l registry.Layer) (w io.WriteCloser, commit func(context.Context) error, err error)

@@ -28,6 +28,8 @@ type shelved struct {
 	closed bool
 }
 
+func (*shelf) Hold(ctx context.Context) (context.Context, error) { return ctx, nil }
+
 func (s *shelf) Keep(_ context.Context, _ string, l registry.Layer) (io.WriteCloser, func(context.Context) error, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -16,6 +16,7 @@ import (
 	"github.com/hearth-serverless/hearth/bench"
 	"github.com/hearth-serverless/hearth/bench/images"
 	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/test/cluster"
 )
 
 func main() {
@@ -40,7 +41,7 @@ func command() *cobra.Command {
 	if cache == "" {
 		cache = filepath.Join(filepath.Dir(bin), ".cache")
 	}
-	o := bench.Options{Progress: os.Stderr}
+	o := bench.Options{Progress: os.Stderr, Cluster: cluster.Temporary}
 	root := &cobra.Command{
 		Use:   "bench SUITE",
 		Short: "Measure Hearth side by side with its peers",
@@ -53,12 +54,15 @@ Suites:
                runtime or a frozen revision; beside plain pods of containerd's own CRI
   pull         what a pull takes, in cases IMAGE/ENCODING/LINK; beside containerd's defaults and others
   pull-faults  whether a pull ends as it should when the registry, the disk or a daemon fails
+  k8s-start    on a cluster, from a request for a function at zero to the last byte, in cases RUNTIME/DEGREE[/N]; beside
+               a Deployment that is scaled to one ($KUBECONFIG; without it a cluster is made for it)
   demo         a short start suite, with the waterfall of one cold start`,
 		Example: `  bench start --quick
   bench handoff --cases python/runtime/1,python/revision/50
   bench pull --images python,go --rounds 5 --json pull.json
   bench pull --images fat --encodings gzip,zstd --links gigabit,capped --systems hearth,soci
   bench pull --image docker.io/library/postgres:17
+  bench k8s-start --cases python/runtime,native/runtime/20
   bench images python`,
 		Version:       daemon.Version(),
 		ValidArgs:     bench.Names(),
@@ -80,8 +84,10 @@ Suites:
 	list(&o.Links, "links", "over which they come", bench.Links())
 	list(&o.Systems, "systems", "which are compared", bench.Systems())
 	list(&o.Faults, "faults", "faults that pull-faults brings about", bench.Faults())
-	list(&o.Cases, "cases", "cases of handoff", []string{"RUNTIME/DEGREE/N, like python/runtime/1, java/revision/10, image/sandbox/50"})
+	list(&o.Cases, "cases", "cases of handoff and k8s-start", []string{"RUNTIME/DEGREE/N, like python/runtime/1, java/revision/10, image/sandbox/50"})
 	root.Flags().StringVar(&o.Image, "image", "", "an image of any registry, pulled beside --images or alone")
+	root.Flags().StringVar(&o.Gateway, "gateway", "", "URL of a cluster's gateway (default: one that is found by its pods)")
+	root.Flags().StringVar(&o.Registry, "registry", "", "HOST[:PORT] of a registry that a cluster's nodes pull from")
 	root.Flags().StringVar(&o.Function, "function", "", "image that start and demo deploy (default python), and handoff (default go)")
 	json := root.Flags().String("json", "", "file for the rows and all samples")
 	root.RunE = func(cmd *cobra.Command, args []string) error { return runSuite(cmd, args[0], o, *json) }

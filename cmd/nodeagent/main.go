@@ -22,6 +22,7 @@ import (
 	"github.com/hearth-serverless/hearth/internal/images"
 	"github.com/hearth-serverless/hearth/internal/keychain"
 	"github.com/hearth-serverless/hearth/internal/pki"
+	"github.com/hearth-serverless/hearth/internal/register"
 	"github.com/hearth-serverless/hearth/layer"
 	"github.com/hearth-serverless/hearth/prefetch"
 	"github.com/hearth-serverless/hearth/registry"
@@ -43,9 +44,8 @@ type options struct {
 func main() {
 	o := &options{}
 	os.Exit(daemon.Main(daemon.Service{
-		Name: "nodeagent", Short: "unpack images and keep instances on this node", Flags: o.flags, Run: o.run,
-		Long: "nodeagent is containerd's proxy snapshotter, which fetches, decompresses and unpacks layers in parallel, and keeps\n" +
-			"the node's instances. It may be restarted at any time: containers go on, and it finds them again.",
+		Name: "nodeagent", Short: "unpack images and keep instances on this node", Flags: o.flags, Run: o.run, Commands: register.Commands(),
+		Long: "nodeagent is containerd's proxy snapshotter, and keeps the node's instances. It may be restarted at any time: containers go on.",
 	}))
 }
 

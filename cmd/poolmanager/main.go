@@ -6,31 +6,27 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"strings"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
 	"github.com/hearth-serverless/hearth/internal/daemon"
-	"github.com/hearth-serverless/hearth/internal/pki"
+	"github.com/hearth-serverless/hearth/internal/kube"
 	"github.com/hearth-serverless/hearth/pool"
 	"github.com/hearth-serverless/hearth/pool/store"
 	"github.com/hearth-serverless/hearth/scaler"
 )
-
-// maxRequestBytes bounds one request: a report of a gateway with some ten thousand instances.
-const maxRequestBytes = 8 << 20
 
 // options are what the flags say.
 type options struct {
 	rpcSocket    string
 	nodeSockets  []string
 	network      daemon.Network
+	cluster      kube.Options
 	store        string
 	poolSize     int
 	claims       int
@@ -60,6 +56,7 @@ func main() {
 func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.rpcSocket, "rpc-socket", "/run/hearth/pool.sock", "Unix socket to serve on")
 	o.network.Flags(f)
+	o.cluster.Flags(f)
 	f.StringArrayVar(&o.nodeSockets, "node-socket", []string{"node=/run/hearth/node.sock"}, "NAME=PATH of a nodeagent's socket; may be repeated")
 	f.StringVar(&o.store, "store", "/var/lib/hearth/pool.db", "file of functions; made if there is none")
 	f.IntVar(&o.poolSize, "pool-size", pool.DefaultPoolSize, "empty sandboxes that each node keeps, for images and for runtimes of which none is booted; runtimes have their own number")
@@ -90,8 +87,11 @@ func (o *options) nodes() (map[string]pool.Node, error) {
 }
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) (err error) {
-	nodes, err := o.nodes()
-	if err != nil {
+	if o.cluster.Enabled {
+		return o.runOnCluster(ctx, rt)
+	}
+	c := o.pool(rt)
+	if c.Nodes, err = o.nodes(); err != nil {
 		return err
 	}
 	db, err := store.Open(o.store)
@@ -99,32 +99,46 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
-	manager, err := pool.New(pool.Config{
-		Nodes: nodes, Store: db, PoolSize: withNone(o.poolSize), Snapshots: o.snapshots, NodeTimeout: o.nodeTimeout,
-		ClaimsPerNode: o.claims, PodWorkers: o.podWorkers, PodMemoryBytes: o.podMemory, FrozenTTL: withNone(o.frozenTTL), DrainTimeout: o.drainTimeout, Logger: rt.Log, Registerer: rt.Registry,
-		Ready: func(err error) { rt.Ready.Set("nodes", err) },
-	})
+	c.Store, c.PoolSize = db, withNone(o.poolSize)
+	c.Ready = func(err error) { rt.Ready.Set("nodes", err) }
+	manager, err := pool.New(c)
 	if err != nil {
 		return err
 	}
-	loop, err := scaler.New(scaler.Config{Pool: manager, Utilisation: o.utilisation, Logger: rt.Log, Registerer: rt.Registry})
-	if err != nil {
-		return err
-	}
-	mux := http.NewServeMux()
-	// What crosses no network is not compressed, as it would be for every client that could read it.
-	bound := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxRequestBytes), connect.WithCompression("gzip", nil, nil))
-	mux.Handle(hearthv1connect.NewAllocationServiceHandler(manager, bound))
-	mux.Handle(hearthv1connect.NewFunctionServiceHandler(manager, bound))
-	mux.Handle(hearthv1connect.NewRuntimeServiceHandler(manager, bound))
-	mux.Handle(hearthv1connect.NewLoadServiceHandler(loop, bound))
-
 	group, ctx := errgroup.WithContext(ctx)
+	gate := &kube.Gate{}
 	group.Go(func() error { return manager.Run(ctx) })
-	group.Go(func() error { return loop.Run(ctx) })
-	group.Go(func() error { return daemon.ServeUnix(ctx, o.rpcSocket, mux) })
-	group.Go(func() error { return o.network.Serve(ctx, rt.Log, mux, pki.Gateway, pki.Admin) })
+	group.Go(func() error { return gate.Lead(ctx, o.scaler(manager, rt), manager) })
+	group.Go(func() error { return gate.Serve(ctx, rt.Log, o.rpcSocket, o.network) })
 	return group.Wait()
+}
+
+func (o *options) runOnCluster(ctx context.Context, rt *daemon.Runtime) error {
+	p, err := o.cluster.Poolmanager()
+	if err != nil {
+		return err
+	}
+	gate := &kube.Gate{}
+	p.TLSDir, p.Logger, p.Registerer, p.Pool = o.network.TLSDir, rt.Log, rt.Registry, o.pool(rt)
+	p.Serve = func(ctx context.Context) error {
+		rt.Ready.Set("serving", nil) // a standby is ready to take over
+		return gate.Serve(ctx, rt.Log, o.rpcSocket, o.network)
+	}
+	p.Lead = func(ctx context.Context, m *pool.Manager) error {
+		return gate.Lead(ctx, o.scaler(m, rt), kube.Resources{Manager: m})
+	}
+	return p.Run(ctx)
+}
+
+func (o *options) pool(rt *daemon.Runtime) pool.Config {
+	return pool.Config{
+		Snapshots: o.snapshots, NodeTimeout: o.nodeTimeout, ClaimsPerNode: o.claims, PodWorkers: o.podWorkers, PodMemoryBytes: o.podMemory,
+		FrozenTTL: withNone(o.frozenTTL), DrainTimeout: o.drainTimeout, Logger: rt.Log, Registerer: rt.Registry,
+	}
+}
+
+func (o *options) scaler(m *pool.Manager, rt *daemon.Runtime) scaler.Config {
+	return scaler.Config{Pool: m, Utilisation: o.utilisation, Logger: rt.Log, Registerer: rt.Registry}
 }
 
 // withNone: zero of the flag means none, zero of the Config means the default.

@@ -23,14 +23,15 @@ const maxMainLines = 150
 var floors = map[string]int{
 	"internal/relay": 0, "internal/pki": 0,
 	"api": 1, "registry": 1, "deploy": 1,
-	"internal/daemon": 1, "internal/bpf": 1, "internal/waterfall": 1, "internal/logfile": 1, "internal/archtest": 1,
+	"internal/host": 1, "internal/daemon": 1, "internal/bpf": 1, "internal/waterfall": 1, "internal/logfile": 1, "internal/archtest": 1,
 	"internal/doctor": 2, "internal/keychain": 2, "internal/contentstore": 2, "internal/cripull": 2, "sidecar": 2,
 	"runtimes": 1,
 	"layer":    2,
-	"instance": 3, "snapshotter": 3, "prefetch": 3, "pool": 3, "scaler": 3, "internal/codepack": 3,
-	"gateway": 4, "internal/kube": 4, "internal/images": 4, "internal/stack": 4,
+	"instance": 3, "snapshotter": 3, "prefetch": 3, "pool": 3, "scaler": 3, "internal/codepack": 3, "internal/register": 3,
+	"gateway": 4, "internal/kube": 4, "internal/images": 4, "internal/stack": 4, "internal/release": 4,
 	"bench": 5, "internal/cli": 5,
-	"cmd": 6, "test": 6,
+	"test": 6,
+	"cmd":  7,
 }
 
 // families names who may import a third-party family. The longest prefix that fits an import decides.

@@ -2,60 +2,57 @@ package cli
 
 import (
 	"context"
-	"path/filepath"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
-	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
-	"github.com/hearth-serverless/hearth/internal/daemon"
-	"github.com/hearth-serverless/hearth/internal/stack"
 )
 
-// baseURL is what requests over Unix sockets name; the host means nothing.
-const baseURL = "http://hearth"
-
-func (a *app) functions() hearthv1connect.FunctionServiceClient {
-	return hearthv1connect.NewFunctionServiceClient(daemon.UnixClient(filepath.Join(a.run, stack.PoolSocket)), baseURL)
-}
-
-func (a *app) allocation() hearthv1connect.AllocationServiceClient {
-	return hearthv1connect.NewAllocationServiceClient(daemon.UnixClient(filepath.Join(a.run, stack.PoolSocket)), baseURL)
-}
-
-func (a *app) node() hearthv1connect.NodeServiceClient {
-	return hearthv1connect.NewNodeServiceClient(daemon.UnixClient(filepath.Join(a.run, stack.NodeSocket)), baseURL)
+// complete offers names, which have to come soon: a user waits at the prompt.
+func complete(c *cobra.Command, args []string, names func(context.Context) ([]string, error)) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(c.Context(), completionTime)
+	defer cancel()
+	list, err := names(ctx)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	return list, cobra.ShellCompDirectiveNoFileComp
 }
 
 // completeFunction offers the names of Functions.
 func (a *app) completeFunction(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	if len(args) > 0 {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	list, err := a.functionList(c.Context())
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveError
-	}
-	var names []string
-	for _, f := range list {
-		names = append(names, f.GetName())
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
+	return complete(c, args, func(ctx context.Context) (names []string, _ error) {
+		list, err := a.functionList(ctx)
+		for _, f := range list {
+			names = append(names, f.GetName())
+		}
+		return names, err
+	})
 }
 
 func (a *app) functionList(ctx context.Context) ([]*hearthv1.Function, error) {
-	resp, err := a.functions().List(ctx, connect.NewRequest(&hearthv1.ListRequest{}))
+	d, err := a.deployment()
 	if err != nil {
-		return nil, explain(err, "list functions", a.run)
+		return nil, err
 	}
-	return resp.Msg.GetFunctions(), nil
+	list, err := d.Functions(ctx)
+	if err != nil {
+		return nil, a.explain(err, "list functions")
+	}
+	return list, nil
 }
 
 func (a *app) instanceList(ctx context.Context, function string) ([]*hearthv1.Instance, error) {
-	resp, err := a.functions().ListInstances(ctx, connect.NewRequest(&hearthv1.ListInstancesRequest{Function: function}))
+	d, err := a.deployment()
 	if err != nil {
-		return nil, explain(err, "list instances", a.run)
+		return nil, err
 	}
-	return resp.Msg.GetInstances(), nil
+	list, err := d.Instances(ctx, function)
+	if err != nil {
+		return nil, a.explain(err, "list instances")
+	}
+	return list, nil
 }

@@ -14,7 +14,6 @@ import (
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/internal/codepack"
-	"github.com/hearth-serverless/hearth/internal/stack"
 	"github.com/hearth-serverless/hearth/registry"
 )
 
@@ -41,7 +40,7 @@ func (o *codeOptions) add(f *pflag.FlagSet) {
 	o.flags.StringVar(&o.signature, "signature", "", "how the handler wants to be called, http or cloudevent (default http)")
 	o.flags.BoolVar(&o.noDeps, "no-deps", false, "do not install what requirements.txt or package-lock.json names")
 	f.AddFlagSet(o.flags)
-	f.StringVar(&o.registry, "registry", "", "HOST[:PORT][/PATH] for code, which is pushed as code/NAME (default: that of 'hearth up --registry')")
+	f.StringVar(&o.registry, "registry", "", "HOST[:PORT][/PATH] for code, which is pushed as code/NAME (default: that of 'hearth up --registry' or 'hearth install --registry')")
 	o.access.add(f)
 }
 
@@ -65,9 +64,14 @@ func (o *codeOptions) validate() error {
 	if _, ok := signatures()[o.signature]; !ok {
 		return usagef("--signature %q: use http or cloudevent", o.signature)
 	}
-	host, _, _ := strings.Cut(o.registry, "/")
-	if o.registry != "" && host != "localhost" && !strings.ContainsAny(host, ".:") || strings.Contains(o.registry, "://") {
-		return usagef("--registry %q: want HOST[:PORT][/PATH], like 127.0.0.1:5000 or registry.example/team", o.registry)
+	return checkRegistry(o.registry)
+}
+
+// checkRegistry checks the value of --registry, which may be empty.
+func checkRegistry(registry string) error {
+	host, _, _ := strings.Cut(registry, "/")
+	if registry != "" && host != "localhost" && !strings.ContainsAny(host, ".:") || strings.Contains(registry, "://") {
+		return usagef("--registry %q: want HOST[:PORT][/PATH], like 127.0.0.1:5000 or registry.example/team", registry)
 	}
 	return nil
 }
@@ -95,7 +99,7 @@ func (a *app) deployCode(ctx context.Context, name, path string, o *codeOptions)
 	if err := a.checkRuntime(ctx, runtimeName); err != nil {
 		return "", nil, err
 	}
-	repository, err := a.codeRepository(name, o)
+	repository, err := a.codeRepository(ctx, name, o)
 	if err != nil {
 		return "", nil, err
 	}
@@ -125,18 +129,22 @@ func (o *codeOptions) choose(tree *codepack.Tree) (runtimeName, language string,
 }
 
 // codeRepository is where a Function's code is pushed to.
-func (a *app) codeRepository(name string, o *codeOptions) (string, error) {
+func (a *app) codeRepository(ctx context.Context, name string, o *codeOptions) (string, error) {
 	if o.registry != "" {
 		return strings.TrimSuffix(o.registry, "/") + "/code/" + name, nil
 	}
-	s, err := stack.ReadStatus(a.run)
+	d, err := a.deployment()
 	if err != nil {
 		return "", err
 	}
-	if s.Registry == "" {
-		return "", usagef("there is no registry for the code: bring Hearth up with `hearth up --registry`, or name one by --registry")
+	host, err := d.Registry(ctx)
+	if err != nil {
+		return "", a.explain(err, "find the registry for the code")
 	}
-	return s.Registry + "/code/" + name, nil
+	if host == "" {
+		return "", usagef("there is no registry for the code: name one by --registry (or for all: `hearth up --registry` on a machine, `hearth install --registry` on a cluster)")
+	}
+	return strings.TrimSuffix(host, "/") + "/code/" + name, nil
 }
 
 func (a *app) pushCode(ctx context.Context, tree *codepack.Tree, repository, runtimeName, handler string, o *codeOptions) (ref string, err error) {

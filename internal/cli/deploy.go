@@ -10,13 +10,11 @@ import (
 	"strings"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
-	"github.com/hearth-serverless/hearth/internal/stack"
 )
 
 // deployOptions are the flags of deploy; hearthv1.FunctionSpec explains them.
@@ -232,24 +230,35 @@ func duration(d time.Duration) *durationpb.Duration {
 
 func (a *app) runDeploy(ctx context.Context, f *hearthv1.Function, o *deployOptions) error {
 	start := time.Now()
-	var resp *connect.Response[hearthv1.ApplyResponse]
-	err := a.patiently(ctx, "preparing "+runs(f.GetSpec()), o.wait, func(ctx context.Context) (err error) {
-		resp, err = a.functions().Apply(ctx, connect.NewRequest(&hearthv1.ApplyRequest{Function: f, Prepare: o.wait}))
+	d, err := a.deployment()
+	if err != nil {
+		return err
+	}
+	var applied *hearthv1.Function
+	err = a.patiently(ctx, "preparing "+runs(f.GetSpec()), o.wait, func(ctx context.Context) (err error) {
+		applied, err = d.ApplyFunction(ctx, f, o.wait, a.tell)
 		return err
 	})
 	if err != nil {
-		return explain(err, "deploy "+f.GetName(), a.run)
+		return a.explain(err, "deploy "+f.GetName())
 	}
 	if o.out == formatJSON {
-		return a.printJSON(message(resp.Msg.GetFunction()))
+		return a.printJSON(message(applied))
 	}
-	a.note("%s is deployed as %s (%.1f s)", f.GetName(), resp.Msg.GetFunction().GetStatus().GetRevision(), time.Since(start).Seconds())
-	s, err := stack.ReadStatus(a.run)
+	if revision := applied.GetStatus().GetRevision(); revision != "" {
+		a.note("%s is deployed as %s (%.1f s)", f.GetName(), revision, time.Since(start).Seconds())
+	} else {
+		a.note("%s is applied", f.GetName())
+	}
+	gateway, err := d.GatewayURL(ctx)
 	if err != nil {
-		return err
+		return a.explain(err, "find the gateway")
 	}
-	return a.println(functionURL(s.Gateway, f.GetName(), ""))
+	return a.println(functionURL(gateway, f.GetName(), ""))
 }
+
+// tell says what is waited for.
+func (a *app) tell(what string) { a.note("%s", printable(what)) }
 
 // progressPause is how often a long wait says that it still waits.
 const progressPause = 5 * time.Second

@@ -19,7 +19,8 @@ func (a *app) down() *cobra.Command {
 	var purge bool
 	config := stack.Config{}
 	c := &cobra.Command{
-		Use: "down", Short: "Take Hearth down and leave nothing running", Long: downLong, Args: takes(0, 0, ""),
+		Annotations: map[string]string{onMachine: "a cluster has `hearth uninstall`"},
+		Use:         "down", Short: "Take Hearth down and leave nothing running", Long: downLong, Args: takes(0, 0, ""),
 		Example: "  sudo hearth down\n  sudo hearth down --purge      and forget all functions and images",
 		RunE: func(c *cobra.Command, _ []string) error {
 			config.Run = a.run

@@ -71,7 +71,7 @@ func exitCode(err error) int {
 }
 
 // explain says what an error of a daemon means for the user, and what to do next.
-func explain(err error, doing, run string) error {
+func (a *app) explain(err error, doing string) error {
 	var rpc *connect.Error
 	if !errors.As(err, &rpc) {
 		return fmt.Errorf("%s: %w", doing, err)
@@ -79,8 +79,10 @@ func explain(err error, doing, run string) error {
 	next := ""
 	switch rpc.Code() {
 	case connect.CodeUnavailable:
-		if _, down := stack.ReadStatus(run); down != nil {
-			return fmt.Errorf("%s: %w", doing, down)
+		if onCluster, _ := a.onCluster(); !onCluster {
+			if _, down := stack.ReadStatus(a.run); down != nil {
+				return fmt.Errorf("%s: %w", doing, down)
+			}
 		}
 		next = "; see `hearth status`"
 	case connect.CodeNotFound:

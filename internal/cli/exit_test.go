@@ -12,6 +12,10 @@ import (
 )
 
 func TestExitCodes(t *testing.T) {
+	a := &app{}
+	if err := a.root().PersistentFlags().Set("run", "/nowhere"); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		err  error
 		want int
@@ -20,10 +24,10 @@ func TestExitCodes(t *testing.T) {
 		{errors.New("x"), ExitFailed},
 		{usagef("x"), ExitUsage},
 		{fmt.Errorf("x: %w", stack.ErrDown), ExitDown},
-		{explain(connect.NewError(connect.CodeUnavailable, errors.New("x")), "do", "/nowhere"), ExitDown},
-		{explain(connect.NewError(connect.CodeNotFound, errors.New("x")), "do", "/nowhere"), ExitClientError},
-		{explain(connect.NewError(connect.CodeInternal, errors.New("x")), "do", "/nowhere"), ExitFailed},
-		{explain(connect.NewError(connect.CodeCanceled, errors.New("x")), "do", "/nowhere"), ExitInterrupted},
+		{a.explain(connect.NewError(connect.CodeUnavailable, errors.New("x")), "do"), ExitDown},
+		{a.explain(connect.NewError(connect.CodeNotFound, errors.New("x")), "do"), ExitClientError},
+		{a.explain(connect.NewError(connect.CodeInternal, errors.New("x")), "do"), ExitFailed},
+		{a.explain(connect.NewError(connect.CodeCanceled, errors.New("x")), "do"), ExitInterrupted},
 		{&httpError{code: 404}, ExitClientError},
 		{&httpError{code: 503}, ExitServerError},
 		{fmt.Errorf("x: %w", context.Canceled), ExitInterrupted},

@@ -1,6 +1,8 @@
 package cli
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -45,25 +47,34 @@ func (a *app) ps() *cobra.Command {
 		Use: "ps [NAME]", Short: "List instances, all of them or a function's", Args: takes(0, 1, "at most the function's NAME"),
 		Example: "  hearth ps\n  hearth ps hello -o json", ValidArgsFunction: a.completeFunction,
 		RunE: func(c *cobra.Command, args []string) error {
-			list, err := a.instanceList(c.Context(), strings.Join(args, ""))
+			name := strings.Join(args, "")
+			if out == formatTable {
+				return a.printInstances(c.Context(), name)
+			}
+			list, err := a.instanceList(c.Context(), name)
 			if err != nil {
 				return err
 			}
-			if out == formatJSON {
-				return a.printJSON(messages(list))
-			}
-			rows := [][]string{{"INSTANCE", "STATE", "DEGREE", "RUNTIME", "FUNCTION", "REVISION", "ADDRESS", "POD", "AGE", "NODE"}}
-			for _, i := range list {
-				rows = append(rows, []string{
-					i.GetId(), stateName(i.GetState()), degreeName(i.GetDegree()), dash(i.GetRuntime()), dash(i.GetFunction()), dash(i.GetRevision()), dash(i.GetAddress()), dash(sharedPod(i)),
-					age(i.GetCreatedAt().AsTime(), time.Now()), dash(i.GetNode()),
-				})
-			}
-			return a.table(rows)
+			return a.printJSON(messages(list))
 		},
 	}
 	out.add(c.Flags())
 	return c
+}
+
+func (a *app) printInstances(ctx context.Context, function string) error {
+	list, err := a.instanceList(ctx, function)
+	if err != nil {
+		return err
+	}
+	rows := [][]string{{"INSTANCE", "STATE", "DEGREE", "RUNTIME", "FUNCTION", "REVISION", "ADDRESS", "POD", "AGE", "NODE"}}
+	for _, i := range list {
+		rows = append(rows, []string{
+			i.GetId(), stateName(i.GetState()), degreeName(i.GetDegree()), dash(i.GetRuntime()), dash(i.GetFunction()), dash(i.GetRevision()), dash(i.GetAddress()), dash(sharedPod(i)),
+			age(i.GetCreatedAt().AsTime(), time.Now()), dash(i.GetNode()),
+		})
+	}
+	return a.table(rows)
 }
 
 // sharedPod names the pod of an Instance that may have others beside it; those with the same are in one.
@@ -72,6 +83,13 @@ func sharedPod(i *hearthv1.Instance) string {
 		return ""
 	}
 	return i.GetPod()
+}
+
+// noFunction is the error of a Function that is not there, as a deployment would have it.
+func noFunction(name string) error {
+	return &spoken{
+		text: "there is no function " + name + "; see `hearth list`", err: connect.NewError(connect.CodeNotFound, errors.New("no such function")),
+	}
 }
 
 // runs is what a Function is made of, in a word or three.
@@ -109,8 +127,12 @@ func (a *app) delete() *cobra.Command {
 		Use: "delete NAME", Aliases: []string{"rm"}, Short: "Delete a function and end its instances",
 		Args: takes(1, 1, "the function's NAME"), ValidArgsFunction: a.completeFunction, Example: "  hearth delete hello",
 		RunE: func(c *cobra.Command, args []string) error {
-			if _, err := a.functions().Delete(c.Context(), connect.NewRequest(&hearthv1.DeleteRequest{Name: args[0]})); err != nil {
-				return explain(err, "delete "+args[0], a.run)
+			d, err := a.deployment()
+			if err != nil {
+				return err
+			}
+			if err := d.DeleteFunction(c.Context(), args[0]); err != nil {
+				return a.explain(err, "delete "+args[0])
 			}
 			a.note("%s is deleted.", args[0])
 			return nil
@@ -126,18 +148,13 @@ func (a *app) logs() *cobra.Command {
 		Example: "  hearth logs hello --tail 20\n  hearth logs hello -f", ValidArgsFunction: a.completeFunction,
 		RunE: func(c *cobra.Command, args []string) error {
 			req.Function = args[0]
-			stream, err := a.node().Logs(c.Context(), connect.NewRequest(req))
+			d, err := a.deployment()
 			if err != nil {
-				return explain(err, "logs of "+args[0], a.run)
+				return err
 			}
-			defer stream.Close()
-			for stream.Receive() {
-				if err := a.printLine(stream.Msg(), req.GetInstanceId() == ""); err != nil {
-					return err
-				}
-			}
-			if err := stream.Err(); err != nil {
-				return explain(err, "logs of "+args[0], a.run)
+			err = d.Logs(c.Context(), req, func(line *hearthv1.LogsResponse) error { return a.printLine(line, req.GetInstanceId() == "") })
+			if err != nil {
+				return a.explain(err, "logs of "+args[0])
 			}
 			return nil
 		},

@@ -13,14 +13,13 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-
-	"github.com/hearth-serverless/hearth/internal/stack"
 )
 
 type invokeOptions struct {
 	data, method string
 	event        string // its type
 	headers      []string
+	gateway      string
 	include      bool
 	hasData      bool
 }
@@ -35,25 +34,28 @@ func (a *app) invoke() *cobra.Command {
 	o := &invokeOptions{}
 	c := &cobra.Command{
 		Use: "invoke NAME [PATH]", Short: "Call a function through the gateway and print its answer", Example: invokeExample,
-		Long: "Calls a function as any HTTP client could, at GATEWAY/fn/NAME/PATH, and streams the answer to standard output.\n" +
+		Long: "Calls a function as any HTTP client could, at GATEWAY/fn/NAME/PATH, and streams the answer to standard output. On a cluster the\n" +
+			"request goes through the API server to a gateway that is ready, unless --gateway says where else there is one.\n" +
 			"The exit code is 4 for an answer of 4xx and 5 for 5xx.",
 		Args: takes(1, 2, "the function's NAME, and maybe a PATH"), ValidArgsFunction: a.completeFunction,
 		RunE: func(c *cobra.Command, args []string) error {
-			s, err := stack.ReadStatus(a.run)
-			if err != nil {
-				return err
-			}
 			o.hasData = c.Flags().Changed("data")
 			path := ""
 			if len(args) > 1 {
 				path = args[1]
 			}
-			return a.runInvoke(c.Context(), args[0], functionURL(s.Gateway, args[0], path), o)
+			g, err := a.gateway(c.Context(), o)
+			if err != nil {
+				return err
+			}
+			defer g.close()
+			return a.runInvoke(c.Context(), args[0], functionURL(g.url, args[0], path), g, o)
 		},
 	}
 	c.Flags().StringVarP(&o.data, "data", "d", "", "body: text, @FILE, or - for standard input; makes the method POST")
 	c.Flags().StringVarP(&o.method, "method", "X", "", "method (default GET, or POST with a body)")
 	c.Flags().StringArrayVarP(&o.headers, "header", "H", nil, "'Name: value'; may be repeated")
+	c.Flags().StringVar(&o.gateway, "gateway", "", "URL of the gateway, like http://functions.example (default: the deployment's)")
 	c.Flags().StringVar(&o.event, "cloudevent", "", "make it a CloudEvent of this type, with the body as its data (JSON if no header says otherwise)")
 	c.Flags().BoolVarP(&o.include, "include", "i", false, "print status and headers before the body")
 	return c
@@ -68,13 +70,33 @@ func functionURL(gateway, name, path string) string {
 	return u + "/" + strings.TrimPrefix(path, "/")
 }
 
-func (a *app) runInvoke(ctx context.Context, name, url string, o *invokeOptions) error {
+// gateway is the way that a request goes.
+func (a *app) gateway(ctx context.Context, o *invokeOptions) (*gateway, error) {
+	if o.gateway == "" {
+		d, err := a.deployment()
+		if err != nil {
+			return nil, err
+		}
+		g, err := d.Gateway(ctx)
+		if err != nil {
+			return nil, a.explain(err, "invoke")
+		}
+		return g, nil
+	}
+	u, err := url.Parse(o.gateway)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return nil, usagef("--gateway %q: want a URL like http://functions.example", o.gateway)
+	}
+	return &gateway{url: strings.TrimSuffix(o.gateway, "/"), close: func() {}}, nil
+}
+
+func (a *app) runInvoke(ctx context.Context, name, url string, g *gateway, o *invokeOptions) error {
 	req, closeBody, err := a.request(ctx, url, o)
 	if err != nil {
 		return err
 	}
 	defer closeBody()
-	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	client := &http.Client{Transport: g.transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	defer client.CloseIdleConnections()
 	resp, err := client.Do(req)
 	if err != nil {

@@ -27,12 +27,13 @@ snapshotter sees them. It prints the image's id. With -o json there is one line 
 func (a *app) pullImage() *cobra.Command {
 	var out format
 	c := &cobra.Command{
-		Use: "pull REF", Short: "Pull an image onto this node", Long: pullLong, Args: takes(1, 1, "the image's REF"),
+		Annotations: map[string]string{onMachine: "the kubelet pulls a cluster's images; `hearth pool apply --image` has them on nodes ahead"},
+		Use:         "pull REF", Short: "Pull an image onto this node", Long: pullLong, Args: takes(1, 1, "the image's REF"),
 		Example: "  hearth image pull 127.0.0.1:5000/hello:1\n  hearth image pull REF -o json",
 		RunE: func(c *cobra.Command, args []string) error {
 			stream, err := a.images().PullImage(c.Context(), connect.NewRequest(&hearthv1.PullImageRequest{Image: args[0]}))
 			if err != nil {
-				return explainImage(err, "pull "+args[0], a.run)
+				return a.explainImage(err, "pull "+args[0])
 			}
 			defer stream.Close()
 			show := a.showBar(args[0])
@@ -45,7 +46,7 @@ func (a *app) pullImage() *cobra.Command {
 				}
 			}
 			if err := stream.Err(); err != nil {
-				return explainImage(err, "pull "+args[0], a.run)
+				return a.explainImage(err, "pull "+args[0])
 			}
 			return nil
 		},
@@ -55,10 +56,10 @@ func (a *app) pullImage() *cobra.Command {
 }
 
 // explainImage is explain, without the advice that is about Functions.
-func explainImage(err error, doing, run string) error {
+func (a *app) explainImage(err error, doing string) error {
 	var rpc *connect.Error
 	if !errors.As(err, &rpc) || rpc.Code() == connect.CodeUnavailable || rpc.Code() == connect.CodeCanceled {
-		return explain(err, doing, run)
+		return a.explain(err, doing)
 	}
 	return &spoken{text: doing + ": " + rpc.Message(), err: err}
 }
@@ -128,11 +129,12 @@ func summary(m *hearthv1.PullImageResponse, elapsed time.Duration) string {
 func (a *app) listImages() *cobra.Command {
 	var out format
 	c := &cobra.Command{
-		Use: "ls", Short: "List the images on this node", Args: takes(0, 0, ""),
+		Annotations: map[string]string{onMachine: "`kubectl get nodes -o yaml` tells a cluster's images"},
+		Use:         "ls", Short: "List the images on this node", Args: takes(0, 0, ""),
 		RunE: func(c *cobra.Command, _ []string) error {
 			resp, err := a.images().ListImages(c.Context(), connect.NewRequest(&hearthv1.ListImagesRequest{}))
 			if err != nil {
-				return explain(err, "list images", a.run)
+				return a.explain(err, "list images")
 			}
 			if out == formatJSON {
 				return a.printJSON(messages(resp.Msg.GetImages()))

@@ -7,12 +7,15 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/kube/cluster"
 	"github.com/hearth-serverless/hearth/internal/stack"
 )
 
@@ -23,15 +26,48 @@ type app struct {
 	in        io.Reader
 	out, err  io.Writer
 
-	run string // folder of the deployment's sockets
+	name  string // what the user calls the program: hearth, or kubectl hearth
+	flags *pflag.FlagSet
+	said  map[string]bool // flags that choose a deployment and were on the command line
+	run   string          // folder of the sockets of a single machine
+	kube  cluster.Config
+
+	client *cluster.Client // made when it is first asked for
 }
 
 // Main runs hearth in this process and returns its exit code. SIGINT, SIGTERM and SIGHUP end it in good order; a second one at once.
 func Main() int {
 	ctx, stop := interruptible(context.Background())
 	defer stop()
-	a := &app{args: os.Args[1:], lookupEnv: os.LookupEnv, in: os.Stdin, out: os.Stdout, err: os.Stderr}
+	name, args := called(os.Args)
+	a := &app{name: name, args: args, lookupEnv: os.LookupEnv, in: os.Stdin, out: os.Stdout, err: os.Stderr}
 	return a.execute(ctx)
+}
+
+// pluginName is the program's name in messages of the plugin.
+const pluginName = "kubectl hearth"
+
+// called says what the user calls the program, and what its arguments are: kubectl finds its plugin as kubectl-hearth, and the plugin's
+// completion as kubectl_complete-hearth.
+func called(args []string) (name string, rest []string) {
+	switch filepath.Base(args[0]) {
+	case "kubectl-hearth":
+		return pluginName, args[1:]
+	case "kubectl_complete-hearth":
+		return pluginName, append([]string{cobra.ShellCompRequestCmd}, args[1:]...)
+	}
+	return "", args[1:]
+}
+
+// isPlugin says whether kubectl has called the program.
+func (a *app) isPlugin() bool { return a.name == pluginName }
+
+// named puts the program's name into a text that says hearth.
+func (a *app) named(text string) string {
+	if !a.isPlugin() {
+		return text
+	}
+	return strings.NewReplacer("`hearth ", "`"+pluginName+" ", "\n  hearth ", "\n  "+pluginName+" ", "  sudo hearth ", "  sudo "+pluginName+" ").Replace("\n" + text)[1:]
 }
 
 // interruptible returns a context that the first signal cancels; the second exits.
@@ -70,7 +106,7 @@ func (a *app) execute(ctx context.Context) int {
 	if err == nil {
 		return ExitOK
 	}
-	_, _ = fmt.Fprintln(a.err, "hearth:", printable(err.Error()))
+	_, _ = fmt.Fprintln(a.err, "hearth:", printable(a.named(err.Error())))
 	code := exitCode(err)
 	if code == ExitUsage {
 		_, _ = fmt.Fprintf(a.err, "See %s --help.\n", command.CommandPath())
@@ -78,14 +114,19 @@ func (a *app) execute(ctx context.Context) int {
 	return code
 }
 
-const rootLong = `Hearth starts serverless functions at once. On one machine it brings its own containerd; no Kubernetes is needed.
+const rootLong = `Hearth starts serverless functions at once. On one machine it brings its own containerd; no Kubernetes is needed. On Kubernetes
+functions are custom resources, and the same commands work.
+
+Which of them is meant: a single machine by --run; a cluster by --kubeconfig, --context or --namespace. Without any of them it is the
+single machine that is up on this one, or else the cluster of $KUBECONFIG or ~/.kube/config. "hearth status" says which.
 
 Every flag can also be set in the environment: --tools is HEARTH_TOOLS.
 
-Exit codes: 0 all is well, 1 it failed, 2 wrong flags or arguments, 3 no deployment is up or it does not answer,
+Exit codes: 0 all is well, 1 it failed, 2 wrong flags or arguments, 3 no deployment is there or it does not answer,
 4 no such function, or invoke was answered 4xx, 5 invoke was answered 5xx, 130 interrupted.`
 
-const rootExample = `  sudo hearth up --tools .cache/tools/current     bring it up
+const rootExample = `  sudo hearth up --tools .cache/tools/current     bring it up on this machine
+  hearth install --registry REGISTRY              or bring it into the cluster of the kubeconfig
   hearth deploy hello --image REF                 deploy a function, from an image or from code
   hearth invoke hello                             call it; it starts when it is called
   hearth start hello --cold --trace               where does the time of a start go?
@@ -103,30 +144,69 @@ func (a *app) root() *cobra.Command {
 		},
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
+			a.remember()
 			if err := daemon.ConfigureFromEnv(c.Flags(), a.lookupEnv); err != nil {
 				return usageError{err}
 			}
-			return nil
+			return a.checkPlace(c)
 		},
 	}
-	root.PersistentFlags().StringVar(&a.run, "run", stack.DefaultRun, "folder of the deployment's sockets")
+	a.flags = root.PersistentFlags()
+	a.flags.StringVar(&a.run, "run", stack.DefaultRun, "folder of the sockets of a single machine's deployment")
+	a.flags.StringVar(&a.kube.Kubeconfig, "kubeconfig", "", "kubeconfig of a cluster (default: $KUBECONFIG, then ~/.kube/config, then the pod's own)")
+	a.flags.StringVar(&a.kube.Context, "context", "", "context of the kubeconfig (default: its current one)")
+	a.flags.StringVarP(&a.kube.Namespace, "namespace", "n", cluster.DefaultNamespace, "namespace of a cluster's functions")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddGroup(&cobra.Group{ID: "deployment", Title: "The deployment"}, &cobra.Group{ID: "functions", Title: "Functions"},
 		&cobra.Group{ID: "images", Title: "Images"})
 	root.SetHelpCommandGroupID("deployment")
 	root.SetCompletionCommandGroupID("deployment")
-	for _, c := range []*cobra.Command{a.up(), a.down(), a.status(), a.nodeCommands(), a.version()} {
+	for _, c := range []*cobra.Command{a.up(), a.down(), a.install(), a.uninstall(), a.status(), a.doctorCommand(), a.nodeCommands(), a.version()} {
 		c.GroupID = "deployment"
 		root.AddCommand(c)
 	}
-	for _, c := range []*cobra.Command{a.deploy(), a.invoke(), a.list(), a.ps(), a.logs(), a.start(), a.delete(), a.runtimeCommands()} {
+	for _, c := range []*cobra.Command{a.deploy(), a.invoke(), a.list(), a.ps(), a.logs(), a.get(), a.start(), a.delete(), a.runtimeCommands(), a.poolCommands()} {
 		c.GroupID = "functions"
 		root.AddCommand(c)
 	}
 	images := a.image()
 	images.GroupID = "images"
 	root.AddCommand(images)
+	if a.isPlugin() {
+		a.adapt(root)
+	}
 	return root
+}
+
+// adapt has the help of the plugin speak of it, and leaves out what is of a single machine alone.
+func (a *app) adapt(root *cobra.Command) {
+	root.Use = "kubectl-hearth"
+	root.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: pluginName}
+	root.Long = strings.Replace(root.Long, "\"hearth status\"", "\""+pluginName+" status\"", 1)
+	for _, c := range all(root) {
+		c.Example, c.Long = a.named(c.Example), a.named(c.Long)
+		c.Hidden = c.Hidden || c.Annotations[onMachine] != ""
+	}
+}
+
+func all(c *cobra.Command) []*cobra.Command {
+	list := []*cobra.Command{c}
+	for _, sub := range c.Commands() {
+		list = append(list, all(sub)...)
+	}
+	return list
+}
+
+// checkPlace refuses a command that is of a single machine alone where a cluster is named.
+func (a *app) checkPlace(c *cobra.Command) error {
+	why, ok := c.Annotations[onMachine]
+	if !ok {
+		return nil
+	}
+	if _, onCluster, err := a.wants(); err != nil || !onCluster && !a.isPlugin() {
+		return err
+	}
+	return usagef("%s is of a single machine: %s", c.CommandPath(), why)
 }
 
 func suggestions(c *cobra.Command, word string) string {

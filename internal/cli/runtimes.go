@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -13,14 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
-	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
-	"github.com/hearth-serverless/hearth/internal/daemon"
-	"github.com/hearth-serverless/hearth/internal/stack"
 )
-
-func (a *app) runtimes() hearthv1connect.RuntimeServiceClient {
-	return hearthv1connect.NewRuntimeServiceClient(daemon.UnixClient(filepath.Join(a.run, stack.PoolSocket)), baseURL)
-}
 
 const runtimeLong = `A runtime is a language that is booted before any function is known: an image whose entrypoint is a loader, with the libraries
 that it is told to preload. An instance of it waits, takes the code of the first function that asks, and is that function's from then on.`
@@ -70,15 +62,18 @@ func (a *app) applyRuntime() *cobra.Command {
 
 func (a *app) runApplyRuntime(ctx context.Context, r *hearthv1.Runtime, wait bool, out format) error {
 	start := time.Now()
-	var resp *connect.Response[hearthv1.ApplyRuntimeResponse]
-	err := a.patiently(ctx, "booting "+r.GetImage(), wait, func(ctx context.Context) (err error) {
-		resp, err = a.runtimes().ApplyRuntime(ctx, connect.NewRequest(&hearthv1.ApplyRuntimeRequest{Runtime: r, Prepare: wait}))
+	d, err := a.deployment()
+	if err != nil {
+		return err
+	}
+	var applied *hearthv1.Runtime
+	err = a.patiently(ctx, "booting "+r.GetImage(), wait, func(ctx context.Context) (err error) {
+		applied, err = d.ApplyRuntime(ctx, r, wait, a.tell)
 		return err
 	})
 	if err != nil {
 		return a.explainRuntime(err, "apply runtime "+r.GetName())
 	}
-	applied := resp.Msg.GetRuntime()
 	if out == formatJSON {
 		return a.printJSON(message(applied))
 	}
@@ -114,7 +109,11 @@ func (a *app) deleteRuntime() *cobra.Command {
 		Long:    "Deletes a runtime and ends the instances of it that wait. A runtime that a function needs stays: delete or change the function first.",
 		Example: "  hearth runtime rm node", ValidArgsFunction: a.completeRuntime,
 		RunE: func(c *cobra.Command, args []string) error {
-			if _, err := a.runtimes().DeleteRuntime(c.Context(), connect.NewRequest(&hearthv1.DeleteRuntimeRequest{Name: args[0]})); err != nil {
+			d, err := a.deployment()
+			if err != nil {
+				return err
+			}
+			if err := d.DeleteRuntime(c.Context(), args[0]); err != nil {
 				return a.explainRuntime(err, "delete runtime "+args[0])
 			}
 			a.note("Runtime %s is deleted.", args[0])
@@ -124,11 +123,15 @@ func (a *app) deleteRuntime() *cobra.Command {
 }
 
 func (a *app) runtimeList(ctx context.Context) ([]*hearthv1.Runtime, error) {
-	resp, err := a.runtimes().ListRuntimes(ctx, connect.NewRequest(&hearthv1.ListRuntimesRequest{}))
+	d, err := a.deployment()
 	if err != nil {
-		return nil, explain(err, "list runtimes", a.run)
+		return nil, err
 	}
-	return resp.Msg.GetRuntimes(), nil
+	list, err := d.Runtimes(ctx)
+	if err != nil {
+		return nil, a.explain(err, "list runtimes")
+	}
+	return list, nil
 }
 
 // completeRuntime offers the names of Runtimes, as an argument or as a flag's value.
@@ -136,11 +139,10 @@ func (a *app) completeRuntime(c *cobra.Command, args []string, _ string) ([]stri
 	if c.ValidArgsFunction != nil && len(args) > 0 && c.Parent().Name() == "runtime" {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	list, err := a.runtimeList(c.Context())
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveError
-	}
-	return runtimeNames(list), cobra.ShellCompDirectiveNoFileComp
+	return complete(c, nil, func(ctx context.Context) ([]string, error) {
+		list, err := a.runtimeList(ctx)
+		return runtimeNames(list), err
+	})
 }
 
 func runtimeNames(list []*hearthv1.Runtime) (names []string) {
@@ -177,11 +179,11 @@ func (a *app) explainRuntime(err error, doing string) error {
 		next = "; see `hearth list`"
 	case connect.CodeInternal, connect.CodeResourceExhausted:
 	default:
-		return explain(err, doing, a.run)
+		return a.explain(err, doing)
 	}
 	var rpc *connect.Error
 	if !errors.As(err, &rpc) {
-		return explain(err, doing, a.run)
+		return a.explain(err, doing)
 	}
 	return &spoken{text: advise(doing, rpc.Message(), next), err: err}
 }

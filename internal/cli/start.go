@@ -41,7 +41,8 @@ func (a *app) start() *cobra.Command {
 	o := &startOptions{}
 	c := &cobra.Command{
 		Use: "start NAME", Short: "Start an instance and show where the time goes", Long: startLong, Args: takes(1, 1, "the function's NAME"),
-		Example: "  hearth start hello --trace\n  hearth start hello --trace --cold\n  hearth start hello -o json", ValidArgsFunction: a.completeFunction,
+		Annotations: map[string]string{onMachine: "it asks an instance itself; a cluster's starts are measured by bin/bench k8s-start"},
+		Example:     "  hearth start hello --trace\n  hearth start hello --trace --cold\n  hearth start hello -o json", ValidArgsFunction: a.completeFunction,
 		RunE: func(c *cobra.Command, args []string) error { return a.runStart(c.Context(), args[0], o) },
 	}
 	c.Flags().BoolVar(&o.trace, "trace", false, "show the phases of the start")
@@ -56,16 +57,16 @@ func (a *app) runStart(ctx context.Context, name string, o *startOptions) error 
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	if o.cold {
-		_, err := a.allocation().Release(ctx, connect.NewRequest(&hearthv1.ReleaseRequest{Function: name, Wait: true, ForgetImage: true}))
+		_, err := a.machine().allocation().Release(ctx, connect.NewRequest(&hearthv1.ReleaseRequest{Function: name, Wait: true, ForgetImage: true}))
 		if err != nil {
-			return explain(err, "make "+name+" cold", a.run)
+			return a.explain(err, "make "+name+" cold")
 		}
 	}
 	deadline, _ := ctx.Deadline()
 	start := time.Now()
-	resp, err := a.allocation().Allocate(ctx, connect.NewRequest(&hearthv1.AllocateRequest{Function: name, Deadline: timestamppb.New(deadline)}))
+	resp, err := a.machine().allocation().Allocate(ctx, connect.NewRequest(&hearthv1.AllocateRequest{Function: name, Deadline: timestamppb.New(deadline)}))
 	if err != nil {
-		return explain(err, "start "+name, a.run)
+		return a.explain(err, "start "+name)
 	}
 	instance := resp.Msg.GetInstance()
 	asked := time.Now()

@@ -28,9 +28,16 @@ type statusJSON struct {
 func (a *app) status() *cobra.Command {
 	var out format
 	c := &cobra.Command{
-		Use: "status", Short: "Show the daemons, the pool and how many functions there are", Args: takes(0, 0, ""),
-		Example: "  hearth status\n  hearth status -o json",
+		Use: "status", Short: "Show which deployment this is, its daemons, the pool and how many functions there are", Args: takes(0, 0, ""),
+		Example: "  hearth status\n  hearth status --context production\n  hearth status -o json",
 		RunE: func(c *cobra.Command, _ []string) error {
+			onCluster, err := a.onCluster()
+			if err != nil {
+				return err
+			}
+			if onCluster {
+				return a.clusterStatus(c.Context(), out)
+			}
 			s, err := stack.Inspect(c.Context(), a.run)
 			if err != nil {
 				return err
@@ -113,7 +120,15 @@ func count(list []*hearthv1.Instance) census {
 
 // sentence says how many are warm, serving and frozen.
 func (n census) sentence(sandboxes int) string {
-	text := fmt.Sprintf("%d warm of %d wanted", n.degrees[degreeName(hearthv1.Degree_DEGREE_SANDBOX)], sandboxes)
+	return fmt.Sprintf("%d warm of %d wanted%s", n.degrees[degreeName(hearthv1.Degree_DEGREE_SANDBOX)], sandboxes, n.rest())
+}
+
+// onNodes is sentence where WarmPools say how many are wanted.
+func (n census) onNodes() string {
+	return fmt.Sprintf("%s warm sandboxes%s", strconv.Itoa(n.degrees[degreeName(hearthv1.Degree_DEGREE_SANDBOX)]), n.rest())
+}
+
+func (n census) rest() (text string) {
 	for _, name := range slices.Sorted(maps.Keys(n.runtimes)) {
 		text += fmt.Sprintf(", %d warm %s", n.runtimes[name], name)
 	}

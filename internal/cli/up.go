@@ -41,7 +41,8 @@ const upExample = `  sudo hearth up --tools .cache/tools/current
 func (a *app) up() *cobra.Command {
 	o := &upOptions{}
 	c := &cobra.Command{
-		Use: "up", Short: "Bring Hearth up on this machine", Long: upLong, Example: upExample, Args: takes(0, 0, ""),
+		Annotations: map[string]string{onMachine: "a cluster has `hearth install`"},
+		Use:         "up", Short: "Bring Hearth up on this machine", Long: upLong, Example: upExample, Args: takes(0, 0, ""),
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := o.complete(a.run); err != nil {
 				return err

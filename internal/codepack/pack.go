@@ -38,7 +38,7 @@ const (
 	openFlags = os.O_RDONLY | unix.O_NONBLOCK
 )
 
-// Package is code, packed: an OCI image, whose layer lies in a file without a name. Close it.
+// Package is an OCI image of one layer, which lies in a file without a name: code, or programs. Close it.
 type Package struct {
 	digest           digest.Digest // of the manifest
 	manifest, config []byte
@@ -59,43 +59,57 @@ func (p *Package) Close() { _ = p.blob.Close() }
 // Pack reads the Tree's files and makes a Package of them, for a Runtime and a handler in it. done is told how many bytes were
 // read.
 func (t *Tree) Pack(ctx context.Context, runtimeName, handler string, done *atomic.Int64) (*Package, error) {
-	p, err := t.pack(ctx, runtimeName, handler, done)
-	if err != nil {
-		return nil, fmt.Errorf("pack %s: %w", t.path, err)
-	}
-	return p, nil
+	// The architecture is that of this machine: containerd looks for its own, and compiled dependencies are for one only.
+	image := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH}}
+	return t.pack(ctx, image, ocispec.Manifest{
+		ArtifactType: ArtifactType, Annotations: map[string]string{AnnotationRuntime: runtimeName, AnnotationHandler: handler},
+	}, done)
 }
 
-func (t *Tree) pack(ctx context.Context, runtimeName, handler string, done *atomic.Int64) (_ *Package, err error) {
-	blob, err := os.CreateTemp("", "hearth-code-")
+// PackImage makes a Package that containers are made of: the Tree's files are all that they see. The image says what is executed,
+// and for which machine.
+func (t *Tree) PackImage(ctx context.Context, image ocispec.Image) (*Package, error) {
+	return t.pack(ctx, image, ocispec.Manifest{}, &atomic.Int64{})
+}
+
+// pack completes the image and its manifest.
+func (t *Tree) pack(ctx context.Context, image ocispec.Image, manifest ocispec.Manifest, done *atomic.Int64) (*Package, error) {
+	blob, err := unnamedFile()
+	if err == nil {
+		var p *Package
+		if p, err = t.packInto(ctx, blob, image, manifest, done); err == nil {
+			return p, nil
+		}
+		_ = blob.Close()
+	}
+	return nil, fmt.Errorf("pack %s: %w", t.path, err)
+}
+
+func unnamedFile() (*os.File, error) {
+	f, err := os.CreateTemp("", "hearth-code-")
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			_ = blob.Close()
-		}
-	}()
-	if err := os.Remove(blob.Name()); err != nil {
-		return nil, err
+	if err := os.Remove(f.Name()); err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
+	return f, nil
+}
+
+func (t *Tree) packInto(ctx context.Context, blob *os.File, image ocispec.Image, manifest ocispec.Manifest, done *atomic.Int64) (*Package, error) {
 	diffID, desc, err := t.writeLayer(ctx, blob, done)
 	if err != nil {
 		return nil, err
 	}
 	p := &Package{blob: blob, layerDesc: desc}
-	// The architecture is that of this machine: containerd looks for its own, and compiled dependencies are for one only.
-	image := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH}}
 	image.RootFS = ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{diffID}}
 	if p.config, err = json.Marshal(image); err != nil {
 		return nil, err
 	}
 	p.configDesc = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(p.config), Size: int64(len(p.config))}
-	if p.manifest, err = json.Marshal(ocispec.Manifest{
-		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: ArtifactType,
-		Config: p.configDesc, Layers: []ocispec.Descriptor{p.layerDesc},
-		Annotations: map[string]string{AnnotationRuntime: runtimeName, AnnotationHandler: handler},
-	}); err != nil {
+	manifest.Versioned, manifest.MediaType = specs.Versioned{SchemaVersion: 2}, ocispec.MediaTypeImageManifest
+	manifest.Config, manifest.Layers = p.configDesc, []ocispec.Descriptor{p.layerDesc}
+	if p.manifest, err = json.Marshal(manifest); err != nil {
 		return nil, err
 	}
 	p.digest = digest.FromBytes(p.manifest)
@@ -227,6 +241,11 @@ func (p *Package) Push(ctx context.Context, c *registry.Client, repository strin
 		return "", err
 	}
 	return repository + "@" + p.digest.String(), nil
+}
+
+// Tag names the package, which was pushed to the repository before.
+func (p *Package) Tag(ctx context.Context, c *registry.Client, repository, tag string) error {
+	return c.PutManifest(ctx, repository+":"+tag, ocispec.MediaTypeImageManifest, p.manifest)
 }
 
 // progressReaderAt tells up to where was read: after a failure that is less than before.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -77,6 +78,46 @@ func Open(name string, limits Limits) (*Tree, error) {
 		return nil, fmt.Errorf("code in %s: %w", name, err)
 	}
 	return t, nil
+}
+
+// Select makes a Tree of single files of a folder: files has their names in the package, with folders, and their names in dir. Each
+// becomes a program that all may execute. Links in dir are not followed.
+func Select(dir string, files map[string]string, limits Limits) (*Tree, error) {
+	limits.MaxBytes, limits.MaxFiles = cmp.Or(limits.MaxBytes, DefaultMaxBytes), cmp.Or(limits.MaxFiles, DefaultMaxFiles)
+	t := &Tree{path: dir, limits: limits, entries: map[string]entry{}}
+	if err := t.choose(files); err != nil {
+		t.Close()
+		return nil, fmt.Errorf("programs in %s: %w", dir, err)
+	}
+	return t, nil
+}
+
+func (t *Tree) choose(files map[string]string) error {
+	from, err := t.source(t.path, t.path)
+	if err != nil {
+		return errors.Unwrap(err)
+	}
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if !fs.ValidPath(name) || name == "." {
+			return fmt.Errorf("%q is no name in an image", name)
+		}
+		if err := t.add(name, files[name], from); err != nil {
+			return err
+		}
+		e := t.entries[name]
+		if e.kind != 0 {
+			return fmt.Errorf("%q is no file (%s)", files[name], e.kind)
+		}
+		e.executable = true
+		t.entries[name] = e
+		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
+			if had, ok := t.entries[dir]; ok && had.kind != fs.ModeDir {
+				return fmt.Errorf("%q is a file and a folder", dir)
+			}
+			t.entries[dir] = entry{kind: fs.ModeDir}
+		}
+	}
+	return nil
 }
 
 func (t *Tree) open() error {

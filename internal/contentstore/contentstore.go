@@ -2,8 +2,9 @@
 // that serve from there, and for pushing. Without it containerd has an image's manifest and config only, as Hearth makes trees of
 // layers and stores nothing twice.
 //
-// A blob is written in the namespace and under the lease of the pull that wants its layer, and so is held until the image is
-// there; from then on it is held by the labels that containerd puts on the manifest. It is gone when the image is.
+// A blob is written in the namespace and under the lease of the pull that wants its layer, or of Hold if its layer is fetched before
+// the pull, and so is held until the image is there; from then on it is held by the labels that containerd puts on the manifest. It is
+// gone when the image is, and the lease of Hold over.
 package contentstore
 
 import (
@@ -13,6 +14,7 @@ import (
 	"io"
 	"time"
 
+	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
 	"github.com/containerd/containerd/v2/core/leases"
@@ -30,13 +32,21 @@ import (
 // answerTimeout bounds how long containerd may take for one call. An image is not to wait for its blobs.
 const answerTimeout = 30 * time.Second
 
+const (
+	// criNamespace is where the CRI keeps images.
+	criNamespace = "k8s.io"
+	// holdTime is how long a lease of Hold lasts: for a fetch, at the longest, and the pull that follows it at once.
+	holdTime = 20 * time.Minute
+)
+
 // errSlow is why a blob is given up.
 var errSlow = errors.New("containerd does not answer")
 
 // Store is containerd's content store. It is safe for concurrent use.
 type Store struct {
-	conn  *grpc.ClientConn
-	store content.Store
+	conn   *grpc.ClientConn
+	store  content.Store
+	leases leases.Manager
 }
 
 // New makes a Store of the containerd that listens on a socket, which may come later, and come and go.
@@ -45,11 +55,28 @@ func New(socket string) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to containerd at %s: %w", socket, err)
 	}
-	return &Store{conn: conn, store: contentproxy.NewContentStore(conn)}, nil
+	client, err := containerd.NewWithConn(conn)
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return &Store{conn: conn, store: contentproxy.NewContentStore(conn), leases: client.LeasesService()}, nil
 }
 
 // Close ends the connection.
 func (s *Store) Close() error { return s.conn.Close() }
+
+// Hold gives ctx the CRI's namespace and a lease in it, for blobs that are fetched before the pull that wants them. The lease ends by
+// itself: nobody tells when the pull has.
+func (s *Store) Hold(ctx context.Context) (context.Context, error) {
+	ctx = namespaces.WithNamespace(ctx, criNamespace)
+	short, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	lease, err := s.leases.Create(short, leases.WithRandomID(), leases.WithExpiration(holdTime))
+	if err != nil {
+		return nil, fmt.Errorf("lease for blobs: %w", err)
+	}
+	return leases.WithLease(ctx, lease.ID), nil
+}
 
 // Keep opens a place for a layer's blob; ctx is that of the Prepare which asks for the layer. What is written is there after
 // commit, and gone after a Close without one. w is nil if the blob is there already.

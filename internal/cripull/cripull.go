@@ -10,6 +10,13 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
+// Handler is the runtime handler for which Hearth pulls, so that containerd unpacks with Hearth's snapshotter where the CRI's own is
+// another one (internal/register). A containerd that has none of that name takes its own.
+const Handler = "hearth"
+
+// handlerAnnotation is how containerd before 2.1 is told of a runtime handler.
+const handlerAnnotation = "io.containerd.cri.runtime-handler"
+
 // Puller pulls images. It is a value: whoever has its parts makes one. Images is required.
 type Puller struct {
 	// Images is containerd's.
@@ -22,7 +29,10 @@ type Puller struct {
 
 // Pull returns when the image is there, with its id. The error is one of containerd's errdefs if it is containerd's.
 func (p Puller) Pull(ctx context.Context, ref string) (id string, err error) {
-	request := &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}}
+	request := &cri.PullImageRequest{
+		Image:         &cri.ImageSpec{Image: ref, RuntimeHandler: Handler},
+		SandboxConfig: &cri.PodSandboxConfig{Annotations: map[string]string{handlerAnnotation: Handler}}, // without one containerd does not look at the handler
+	}
 	if p.Credentials != nil {
 		user, secret, err := p.Credentials(ctx, ref)
 		if err != nil {

@@ -69,7 +69,11 @@ func TestPull(t *testing.T) {
 				}
 				return
 			}
-			want := &cri.PullImageRequest{Image: &cri.ImageSpec{Image: "reg/app:1"}, Auth: tt.auth}
+			want := &cri.PullImageRequest{
+				Image:         &cri.ImageSpec{Image: "reg/app:1", RuntimeHandler: cripull.Handler},
+				SandboxConfig: &cri.PodSandboxConfig{Annotations: map[string]string{"io.containerd.cri.runtime-handler": cripull.Handler}},
+				Auth:          tt.auth,
+			}
 			if diff := cmp.Diff(want, c.asked, protocmp.Transform()); diff != "" || !slices.Equal(c.order, []string{"fetch reg/app:1", "pull"}) {
 				t.Errorf("in the order %q: %s", c.order, diff)
 			}

@@ -14,6 +14,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
+// maxScrapes are answered at once; who asks for more at a time is told to come again.
+const maxScrapes = 4
+
 // listenAdmin opens the admin listener. It has no authentication, so it takes loopback addresses and Unix sockets
 // (unix:PATH, mode 0600) and refuses all else.
 func listenAdmin(ctx context.Context, address string) (net.Listener, error) {
@@ -34,22 +37,46 @@ func listenAdmin(ctx context.Context, address string) (net.Listener, error) {
 	return l, nil
 }
 
-// serveAdmin serves /metrics, /healthz, /readyz and /debug/pprof until the returned function is called.
-func serveAdmin(l net.Listener, registry *prometheus.Registry, ready *Readiness, log *slog.Logger) (stop func()) {
+// listenMetrics opens the listener for what only shows how the daemon does, on any address; there is none if the address is empty.
+func listenMetrics(ctx context.Context, address string) (net.Listener, error) {
+	if address == "" {
+		return nil, nil
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("metrics address %q: %w; choose another HOST:PORT with --metrics-address", address, err)
+	}
+	return l, nil
+}
+
+// metricsHandler serves /metrics, /healthz and /readyz, which tell nothing secret and change nothing.
+func metricsHandler(registry *prometheus.Registry, ready *Readiness) *http.ServeMux {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry, MaxRequestsInFlight: maxScrapes}))
 	mux.Handle("GET /readyz", ready)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
+	return mux
+}
+
+// adminHandler serves /debug/pprof besides.
+func adminHandler(metrics http.Handler) *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.Handle("/", metrics)
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	return mux
+}
+
+// serveBeside serves until the returned function is called. It goes on while the daemon shuts down, so that probes see that.
+func serveBeside(l net.Listener, handler http.Handler, log *slog.Logger) (stop func()) {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
 	server := &http.Server{
-		Handler:           mux,
+		Handler:           handler,
 		Protocols:         protocols,
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       time.Minute,

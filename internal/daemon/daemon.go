@@ -38,6 +38,18 @@ type Service struct {
 	Flags func(*pflag.FlagSet)
 	// Run does the work. It blocks until ctx is done and everything is tidy; it has 30 s for that.
 	Run func(ctx context.Context, rt *Runtime) error
+	// Commands are what the program can do besides, each named by its first argument.
+	Commands []Command
+}
+
+// Command is something that a daemon's program does once, and ends.
+type Command struct {
+	Name, Short, Long string
+	// Flags adds the command's flags; may be nil. Each may also be set by HEARTH_NAME.
+	Flags func(*pflag.FlagSet)
+	// Run says on out what it does. The first signal ends ctx. The exit code is ExitFailed if it returns an error, or what the
+	// error's method ExitCode() int says, if it wraps one that has it.
+	Run func(ctx context.Context, out io.Writer) error
 }
 
 // Runtime is what a running service gets.
@@ -46,6 +58,7 @@ type Runtime struct {
 	Registry *prometheus.Registry // holds Go's, the process's and hearth_build_info already
 	Ready    *Readiness           // not ready until the service has Set something
 	Admin    string               // address of the admin listener: HOST:PORT or a socket's path
+	Metrics  string               // HOST:PORT of the metrics listener, if there is one
 }
 
 // Process is the part of the operating system that Execute sees.
@@ -93,19 +106,64 @@ func Execute(ctx context.Context, s Service, p Process) int {
 	if s.Flags != nil {
 		s.Flags(command.Flags())
 	}
-	if err := command.ExecuteContext(ctx); err != nil {
-		_, _ = fmt.Fprintf(p.Stderr, "%s: %v\nSee %s --help.\n", s.Name, err, s.Name)
+	for _, c := range s.Commands {
+		command.AddCommand(c.command(p, &failed))
+	}
+	if ran, err := command.ExecuteContextC(ctx); err != nil {
+		_, _ = fmt.Fprintf(p.Stderr, "%s: %v\nSee %s --help.\n", s.Name, err, ran.CommandPath())
 		return ExitUsage
 	}
-	if failed != nil {
-		return ExitFailed
+	return exitCode(failed)
+}
+
+// command is c for the command line. What Run returns goes to failed.
+func (c Command) command(p Process, failed *error) *cobra.Command {
+	command := &cobra.Command{
+		Use: c.Name, Short: c.Short, Long: c.Long,
+		Args: cobra.NoArgs, SilenceErrors: true, SilenceUsage: true,
+		PreRunE: func(c *cobra.Command, _ []string) error { return ConfigureFromEnv(c.Flags(), p.LookupEnv) },
+		RunE: func(cc *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithCancel(cc.Context())
+			defer cancel()
+			ended := make(chan struct{})
+			signalled := make(chan struct{})
+			go func() {
+				defer close(signalled)
+				select {
+				case <-p.Signals:
+					cancel()
+				case <-ended:
+				}
+			}()
+			*failed = c.Run(ctx, p.Stderr)
+			close(ended)
+			<-signalled
+			if *failed != nil {
+				_, _ = fmt.Fprintf(p.Stderr, "%s: %v\n", cc.CommandPath(), *failed)
+			}
+			return nil
+		},
 	}
-	return ExitOK
+	if c.Flags != nil {
+		c.Flags(command.Flags())
+	}
+	return command
+}
+
+func exitCode(failed error) int {
+	var coded interface{ ExitCode() int }
+	switch {
+	case failed == nil:
+		return ExitOK
+	case errors.As(failed, &coded):
+		return coded.ExitCode()
+	}
+	return ExitFailed
 }
 
 // common are the flags that every daemon has.
 type common struct {
-	config, level, format, admin string
+	config, level, format, admin, metrics string
 }
 
 func (c *common) add(f *pflag.FlagSet) {
@@ -113,6 +171,7 @@ func (c *common) add(f *pflag.FlagSet) {
 	f.StringVar(&c.level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&c.format, "log-format", "text", "text or json")
 	f.StringVar(&c.admin, "admin-address", "127.0.0.1:0", "loopback HOST:PORT (port 0 takes a free one) or unix:PATH for /metrics, /healthz, /readyz and /debug/pprof")
+	f.StringVar(&c.metrics, "metrics-address", "", "HOST:PORT for /metrics, /healthz and /readyz alone, on any address, without authentication: for the probes of a kubelet and for Prometheus on other machines (default: none)")
 }
 
 func (c *common) start(ctx context.Context, s Service, stderr io.Writer) (*Runtime, func(), error) {
@@ -126,9 +185,19 @@ func (c *common) start(ctx context.Context, s Service, stderr io.Writer) (*Runti
 	if err != nil {
 		return nil, nil, err
 	}
+	m, err := listenMetrics(ctx, c.metrics)
+	if err != nil {
+		return nil, nil, errors.Join(err, l.Close())
+	}
 	rt := &Runtime{Log: log, Registry: registry, Ready: &Readiness{}, Admin: l.Addr().String()}
-	log.Info("starting", "name", s.Name, "version", Version(), "pid", os.Getpid(), "admin", rt.Admin)
-	return rt, serveAdmin(l, registry, rt.Ready, log), nil
+	handler := metricsHandler(registry, rt.Ready)
+	stop := serveBeside(l, adminHandler(handler), log)
+	if m != nil {
+		stopAdmin, stopMetrics := stop, serveBeside(m, handler, log)
+		rt.Metrics, stop = m.Addr().String(), func() { stopMetrics(); stopAdmin() }
+	}
+	log.Info("starting", "name", s.Name, "version", Version(), "pid", os.Getpid(), "admin", rt.Admin, "metrics", rt.Metrics)
+	return rt, stop, nil
 }
 
 func buildInfo() prometheus.Collector {

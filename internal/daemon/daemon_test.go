@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -47,6 +49,7 @@ func TestExitCodes(t *testing.T) {
 		{"argument", ok, []string{"extra"}, daemon.ExitUsage, "extra"},
 		{"public admin address", ok, []string{"--admin-address=0.0.0.0:0"}, daemon.ExitUsage, "not loopback"},
 		{"odd admin address", ok, []string{"--admin-address=localhost"}, daemon.ExitUsage, "HOST:PORT"},
+		{"odd metrics address", ok, []string{"--metrics-address=7445"}, daemon.ExitUsage, "--metrics-address"},
 		{"log level", ok, []string{"--log-level=loud"}, daemon.ExitUsage, "loud"},
 		{"log format", ok, []string{"--log-format=xml"}, daemon.ExitUsage, "xml"},
 	} {
@@ -59,6 +62,60 @@ func TestExitCodes(t *testing.T) {
 				t.Errorf("does not say %q: %s", c.says, out)
 			}
 		})
+	}
+}
+
+// codedError has an exit code of its own.
+type codedError int
+
+func (e codedError) Error() string { return "refused" }
+func (e codedError) ExitCode() int { return int(e) }
+
+func TestCommands(t *testing.T) {
+	var word string
+	command := func(run func(context.Context) error) daemon.Service {
+		s := service(func(context.Context, *daemon.Runtime) error { t.Error("the daemon itself ran"); return nil })
+		s.Commands = []daemon.Command{{
+			Name: "once", Short: "do it", Flags: func(f *pflag.FlagSet) { f.StringVar(&word, "the-word", "default", "") },
+			Run: func(ctx context.Context, out io.Writer) error {
+				_, _ = io.WriteString(out, "doing it with "+word+"\n")
+				return run(ctx)
+			},
+		}}
+		return s
+	}
+	for _, c := range []struct {
+		name string
+		err  error
+		args []string
+		env  map[string]string
+		code int
+		says string
+	}{
+		{"ends well", nil, []string{"once", "--the-word=flag"}, map[string]string{"HEARTH_THE_WORD": "env"}, daemon.ExitOK, "doing it with flag"},
+		{"environment", nil, []string{"once"}, map[string]string{"HEARTH_THE_WORD": "env"}, daemon.ExitOK, "doing it with env"},
+		{"fails", errors.New("no luck"), []string{"once"}, nil, daemon.ExitFailed, "thing once: no luck"},
+		{"has a code", fmt.Errorf("do it: %w", codedError(7)), []string{"once"}, nil, 7, "thing once: do it: refused"},
+		{"unknown flag", nil, []string{"once", "--nope"}, nil, daemon.ExitUsage, "See thing once --help"},
+		{"argument", nil, []string{"once", "more"}, nil, daemon.ExitUsage, "more"},
+		{"unknown command", nil, []string{"twice"}, nil, daemon.ExitUsage, "twice"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p, out, _ := process(c.args...)
+			p.LookupEnv = env(c.env)
+			if code := daemon.Execute(t.Context(), command(func(context.Context) error { return c.err }), p); code != c.code {
+				t.Errorf("exit code %d, want %d", code, c.code)
+			}
+			if !strings.Contains(out.String(), c.says) {
+				t.Errorf("does not say %q: %s", c.says, out)
+			}
+		})
+	}
+	p, _, signals := process("once")
+	signals <- syscall.SIGTERM
+	wait := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+	if code := daemon.Execute(t.Context(), command(wait), p); code != daemon.ExitFailed {
+		t.Errorf("exit code %d after a signal", code)
 	}
 }
 
@@ -129,6 +186,27 @@ func TestAdminListener(t *testing.T) {
 	}
 	if !strings.Contains(out.String(), "admin=127.0.0.1:") {
 		t.Errorf("log does not tell the address: %s", out)
+	}
+}
+
+// TestMetricsListener shows how the daemon does, and nothing else.
+func TestMetricsListener(t *testing.T) {
+	p, out, _ := process("--metrics-address=:0")
+	run := func(_ context.Context, rt *daemon.Runtime) error {
+		_, port, err := net.SplitHostPort(rt.Metrics)
+		if err != nil {
+			return err
+		}
+		url := "http://127.0.0.1:" + port
+		expect(t, http.DefaultClient, url+"/healthz", 200, "ok")
+		expect(t, http.DefaultClient, url+"/readyz", 503, "starting")
+		expect(t, http.DefaultClient, url+"/metrics", 200, "hearth_build_info")
+		expect(t, http.DefaultClient, url+"/debug/pprof/cmdline", 404, "")
+		expect(t, http.DefaultClient, "http://"+rt.Admin+"/metrics", 200, "hearth_build_info")
+		return nil
+	}
+	if code := daemon.Execute(t.Context(), service(run), p); code != 0 {
+		t.Errorf("exit code %d: %s", code, out)
 	}
 }
 

@@ -201,7 +201,14 @@ func (c *Config) checkCRI(name string) []Finding {
 		}
 	}
 	at := []string{"plugins", pluginImages, "snapshotter"}
-	if used := c.text("overlayfs", at...); used != name {
+	used := c.text("overlayfs", at...)
+	if used != name && c.text("", "plugins", pluginImages, "runtime_platforms", name, "snapshotter") == name {
+		if len(findings) == 0 {
+			findings = append(findings, ok(check, "Hearth's own pulls, for the runtime handler %s, have the snapshotter %s; all others %s", name, name, used))
+		}
+		return findings
+	}
+	if used != name {
 		findings = append(findings, Finding{check, Problem, fmt.Sprintf("the CRI's snapshotter is %s", used),
 			"the kubelet's images are pulled past Hearth", c.change("'"+name+"'", at...)})
 	}

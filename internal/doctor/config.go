@@ -55,11 +55,14 @@ type origin struct {
 }
 
 // Load reads a configuration and what it imports. What containerd would refuse to start with is an error.
-func Load(path string) (*Config, error) {
+func Load(path string) (*Config, error) { return LoadWithout(path, "") }
+
+// LoadWithout is Load as if one of the imported files were not there.
+func LoadWithout(path, without string) (*Config, error) {
 	c := &Config{Path: path, tree: map[string]any{}, origins: map[string]origin{}}
 	for pending, seen := []string{path}, map[string]bool{}; len(pending) > 0; {
 		path, pending = pending[0], pending[1:]
-		if seen[path] {
+		if seen[path] || path == without {
 			continue
 		}
 		seen[path] = true

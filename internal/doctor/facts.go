@@ -22,6 +22,11 @@ type Containerd struct {
 	Plugins map[string]string
 	// Capabilities that the snapshotter's plugin has in the running process, whose configuration can be older than the file.
 	Capabilities []string
+	// Exports of the snapshotter's plugin in the running process; nil if it has none of that name.
+	Exports map[string]string
+	// PID of the process, in the pid namespace of that inode; 0 if it does not say.
+	PID          int
+	PIDNamespace uint64
 	// SysResource says whether the process may lower a container's oom_score_adj; nil if it cannot be told.
 	SysResource *bool
 }

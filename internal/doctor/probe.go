@@ -52,7 +52,7 @@ func Probe(ctx context.Context, p Places) (*Facts, error) {
 	f := &Facts{
 		Overlay: fileSystem("overlay"), EROFS: erofsFromFile(), Mounts: mountCalls(), BPF: bpf.Supported(),
 		CgroupVersion: cgroupVersion(), Systemd: notSystemd == nil, Kubelet: kubelet,
-		Containerd:  askContainerd(ctx, p.Containerd, p.Name),
+		Containerd:  AskContainerd(ctx, p.Containerd, p.Name),
 		Snapshotter: askSnapshotter(ctx, p.Snapshotter),
 		Nodeagent:   askNodeagent(ctx, p.Nodeagent),
 	}
@@ -134,7 +134,8 @@ func connectTo(socket string) (*grpc.ClientConn, error) {
 	return grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 }
 
-func askContainerd(ctx context.Context, socket, snapshotter string) (c Containerd) {
+// AskContainerd asks the containerd that runs what it is, and what it has made of the snapshotter of that name.
+func AskContainerd(ctx context.Context, socket, snapshotter string) (c Containerd) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	conn, err := connectTo(socket)
@@ -158,12 +159,13 @@ func askContainerd(ctx context.Context, socket, snapshotter string) (c Container
 		case ours, pluginImages, pluginRuntime, pluginCRI, pluginTransfer:
 			c.Plugins[id] = p.GetInitErr().GetMessage()
 			if id == ours {
-				c.Capabilities = p.GetCapabilities()
+				c.Capabilities, c.Exports = p.GetCapabilities(), p.GetExports()
 			}
 		}
 	}
 	if server, err := client.Server(ctx, &emptypb.Empty{}); err == nil {
 		c.SysResource = sysResource(server.GetPid())
+		c.PID, c.PIDNamespace = int(server.GetPid()), server.GetPidns() //nolint:gosec // a pid is an int
 	}
 	return c
 }

@@ -15,6 +15,8 @@ import (
 type Functions interface {
 	// Apply takes over a Function, validated, and leaves one that is as it was.
 	Apply(context.Context, *connect.Request[hearthv1.ApplyRequest]) (*connect.Response[hearthv1.ApplyResponse], error)
+	// Get is of one, with its status.
+	Get(context.Context, *connect.Request[hearthv1.GetRequest]) (*connect.Response[hearthv1.GetResponse], error)
 	// Delete goes on when ctx ends while Instances still drain.
 	Delete(context.Context, *connect.Request[hearthv1.DeleteRequest]) (*connect.Response[hearthv1.DeleteResponse], error)
 	// Functions lists all that it has, but for those that are being deleted. Cheap: it is asked every other second.

@@ -23,7 +23,7 @@ const bound = 1 << 20
 
 func open(t testing.TB, path string) *logfile.Writer {
 	t.Helper()
-	w, err := logfile.Open(path, bound)
+	w, err := logfile.Open(path, bound, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +171,7 @@ func TestDiskFull(t *testing.T) {
 	if err := os.WriteFile(hog, make([]byte, 128<<10), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	w, err := logfile.Open(path, bound)
+	w, err := logfile.Open(path, bound, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

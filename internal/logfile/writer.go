@@ -25,6 +25,7 @@ type Writer struct {
 	lost  loss       // before start
 	unsay loss       // could not be written, and is to be told
 	open  *Stream    // whose line the file ends in; nil if it ends with a line's end
+	also  *Mirror    // or nil
 }
 
 // loss is what is not in the file.
@@ -35,8 +36,9 @@ func (l *loss) add(text []byte) {
 	l.bytes += int64(len(text))
 }
 
-// Open opens a file to write to, and makes it if it is not there. It will take some maxBytes, which are 1 MiB at least.
-func Open(path string, maxBytes int64) (*Writer, error) {
+// Open opens a file to write to, and makes it if it is not there. It will take some maxBytes, which are 1 MiB at least. What is
+// written goes to a mirror too, unless nil, which is the Writer's from then on.
+func Open(path string, maxBytes int64, also *Mirror) (*Writer, error) {
 	if maxBytes < 1<<20 {
 		return nil, fmt.Errorf("log file %s: a bound of %d bytes is below 1 MiB", path, maxBytes)
 	}
@@ -48,11 +50,11 @@ func Open(path string, maxBytes int64) (*Writer, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("log file: %w", err), end.Close())
 	}
-	return &Writer{maxBytes: maxBytes, end: end, file: file}, nil
+	return &Writer{maxBytes: maxBytes, end: end, file: file, also: also}, nil
 }
 
 // Close closes the file.
-func (w *Writer) Close() error { return errors.Join(w.end.Close(), w.file.Close()) }
+func (w *Writer) Close() error { return errors.Join(w.end.Close(), w.file.Close(), w.also.Close()) }
 
 // Stream is one source of lines. Lines of several are not mixed. It is used by one goroutine.
 type Stream struct {
@@ -91,6 +93,7 @@ func (s *Stream) put(n int) {
 func (w *Writer) append(from *Stream, text []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.also.pass(from, text)
 	size := w.size()
 	if size < w.start { // somebody has emptied it, and has what was there
 		w.start, w.lost = 0, loss{}

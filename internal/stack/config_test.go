@@ -212,16 +212,3 @@ func TestChildEnv(t *testing.T) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
-
-func TestMountsWithin(t *testing.T) {
-	got := stack.MountsWithin([]string{
-		"22 1 0:1 / /run/hearth rw - tmpfs tmpfs rw",
-		`23 22 0:2 / /run/hearth/a\040b rw,relatime shared:3 - overlay overlay rw,lowerdir=x`,
-		"24 22 0:3 / /run/hearth2/c rw - nsfs nsfs rw",
-		"25 22 0:3 / /run/hearth/d rw - nsfs nsfs rw",
-		"nonsense",
-	}, "/run/hearth")
-	if want := []string{"/run/hearth/d", "/run/hearth/a b"}; !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
-}

@@ -58,6 +58,7 @@ func (c Config) specs(environ []string) map[string]spec {
 			"--snapshotter-root", p.snapshotterRoot(),
 			"--snapshotter-socket", p.snapshotterSocket(), "--image-service-socket", p.imageSocket(),
 			"--cgroup-parent", CgroupParent(c.Name),
+			"--network-dir", p.networkDir(),
 			"--hosts-dir", c.HostsDir,
 			"--sidecar", c.sidecar()),
 		namePoolmanager: own(namePoolmanager, 10*time.Second,

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 // stopTime is how long a supervisor may take to end in good order.
@@ -59,7 +61,7 @@ func (c Config) stopSupervisor(ctx context.Context) error {
 	patience, cancel := context.WithTimeout(ctx, stopTime)
 	defer cancel()
 	for locked(c.paths().lock()) {
-		if pause(patience, 20*time.Millisecond) {
+		if host.Pause(patience, 20*time.Millisecond) {
 			continue
 		}
 		if ctx.Err() != nil {
@@ -76,7 +78,7 @@ func (c Config) awaitUnlocked(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
 	for locked(c.paths().lock()) {
-		if !pause(ctx, 20*time.Millisecond) {
+		if !host.Pause(ctx, 20*time.Millisecond) {
 			return errors.New("the supervisor was killed and still holds its lock")
 		}
 	}

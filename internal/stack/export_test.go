@@ -11,16 +11,7 @@ import (
 var (
 	ChooseSubnet      = chooseSubnet
 	MasqueradeBackend = masqueradeBackend
-	MountsWithin      = func(text []string, dirs ...string) []string {
-		var mounts []mount
-		for _, line := range text {
-			if m, ok := parseMount(line); ok {
-				mounts = append(mounts, m)
-			}
-		}
-		return mountsWithin(mounts, dirs...)
-	}
-	CheckKernel = checkKernel
+	CheckKernel       = checkKernel
 )
 
 // Rendered is what writeConfigs would write: containerd's, the network's and the registry's configuration.

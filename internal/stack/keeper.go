@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"log/slog"
 	"time"
+
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 // How a child that ended is started again.
@@ -47,7 +49,7 @@ func (k *keeper) run(ctx context.Context) {
 			backoff = firstBackoff
 		}
 		k.log.Warn("daemon ended; starting it again", "daemon", k.name, "err", err, "after", time.Since(began), "pause", backoff)
-		if !pause(ctx, backoff) {
+		if !host.Pause(ctx, backoff) {
 			return
 		}
 		backoff = min(2*backoff, lastBackoff)

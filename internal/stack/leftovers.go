@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 const (
@@ -27,14 +29,14 @@ func Leftovers(c Config) ([]string, error) {
 	for _, name := range processNames(markedProcesses(c.Run)) {
 		out = append(out, "process "+name)
 	}
-	mounts, err := readMounts("/proc/self/mountinfo")
+	mounts, err := host.Mounts(host.MountInfo)
 	if err != nil {
 		return nil, err
 	}
-	for _, point := range mountsWithin(mounts, realDirs(c.Root, c.Run)...) {
+	for _, point := range host.MountsWithin(mounts, host.RealDirs(c.Root, c.Run)...) {
 		out = append(out, "mount "+point)
 	}
-	roots, err := cgroupRoots(c.Name)
+	roots, err := host.Cgroups(CgroupParent(c.Name))
 	if err != nil {
 		return nil, err
 	}
@@ -67,10 +69,10 @@ func (c Config) clear(ctx context.Context) error {
 	// First those who start things, then Instances, then the shims, which would not go before what they keep.
 	problems := []error{
 		endMarked(ctx, c.Run, endGrace, isDaemon),
-		removeCgroups(ctx, c.Name),
+		host.RemoveCgroup(ctx, CgroupParent(c.Name)),
 		endMarked(ctx, c.Run, shimGrace, isShim),
-		removeCgroups(ctx, c.Name),
-		unmountAll(realDirs(c.Root, c.Run)...),
+		host.RemoveCgroup(ctx, CgroupParent(c.Name)),
+		host.UnmountAll(host.RealDirs(c.Root, c.Run)...),
 		removeLinks(ctx, c.paths().lastSubnet()),
 		c.clearFiles(),
 	}
@@ -79,11 +81,11 @@ func (c Config) clear(ctx context.Context) error {
 
 // clearFiles empties the Run folder, but for the lock that is held, and removes what the network library keeps elsewhere.
 func (c Config) clearFiles() error {
-	mounts, err := readMounts("/proc/self/mountinfo")
+	mounts, err := host.Mounts(host.MountInfo)
 	if err != nil {
 		return err
 	}
-	if left := mountsWithin(mounts, realDirs(c.Run)...); len(left) > 0 {
+	if left := host.MountsWithin(mounts, host.RealDirs(c.Run)...); len(left) > 0 {
 		return fmt.Errorf("%s is still mounted: files in %s are left alone", left[0], c.Run)
 	}
 	entries, err := os.ReadDir(c.Run)

@@ -2,30 +2,21 @@ package stack
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"time"
 
 	"github.com/vishvananda/netlink"
-)
 
-// whole asks the kernel for a list again while it changes under the listing, as it does where other deployments come and go.
-func whole[T any](list func() ([]T, error)) (all []T, err error) {
-	for range 100 {
-		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return all, err
-		}
-	}
-	return all, err
-}
+	"github.com/hearth-serverless/hearth/internal/host"
+)
 
 // linksIn lists the virtual Ethernet links of this namespace with an address in the subnet: the host's ends of Instances.
 func linksIn(subnet netip.Prefix) ([]netlink.Link, error) {
 	if !subnet.IsValid() {
 		return nil, nil
 	}
-	links, err := whole(netlink.LinkList)
+	links, err := host.Whole(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
@@ -34,7 +25,7 @@ func linksIn(subnet netip.Prefix) ([]netlink.Link, error) {
 		if link.Type() != "veth" {
 			continue
 		}
-		addresses, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_V4) })
+		addresses, err := host.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_V4) })
 		if err != nil {
 			continue // it is gone meanwhile
 		}
@@ -58,7 +49,7 @@ func removeLinks(ctx context.Context, subnet netip.Prefix) error {
 		for _, link := range links {
 			_ = netlink.LinkDel(link)
 		}
-		if !pause(ctx, 10*time.Millisecond) {
+		if !host.Pause(ctx, 10*time.Millisecond) {
 			return fmt.Errorf("network link %s of subnet %s does not go away", links[0].Attrs().Name, subnet)
 		}
 	}

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 // ErrRunning says that a supervisor has the deployment already.
@@ -30,7 +32,7 @@ func (c Config) lock(ctx context.Context, patience time.Duration) (*locks, error
 	defer cancel()
 	for {
 		l, err := c.tryLock(ctx)
-		if !errors.Is(err, ErrRunning) || !pause(patient, 10*time.Millisecond) {
+		if !errors.Is(err, ErrRunning) || !host.Pause(patient, 10*time.Millisecond) {
 			return l, err
 		}
 	}

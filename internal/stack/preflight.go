@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 // preflight says all that stands in the way of a deployment, each with what to do about it.
@@ -64,11 +66,11 @@ func checkKernel(filesystems, mountinfo string) error {
 	if !strings.Contains(string(known), "\toverlay\n") {
 		problems = append(problems, errors.New("kernel: no overlayfs, which images are mounted with: try `modprobe overlay`"))
 	}
-	mounts, err := readMounts(mountinfo)
+	mounts, err := host.Mounts(mountinfo)
 	if err != nil {
 		return err
 	}
-	if len(cgroupMounts(mounts)) == 0 {
+	if len(host.CgroupMounts(mounts)) == 0 {
 		problems = append(problems, errors.New("kernel: no cgroups are mounted, which Instances are held in: `mount -t cgroup2 none /sys/fs/cgroup`"))
 	}
 	return errors.Join(problems...)

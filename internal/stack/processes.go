@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 // marker is the variable in the environment of every child, and so of the shims that containerd starts, that says whose they are.
@@ -77,7 +79,7 @@ func endMarked(ctx context.Context, run string, grace time.Duration, want func(p
 				_ = unix.Kill(pid, signal)
 			}
 		}
-		if !pause(ctx, 20*time.Millisecond) {
+		if !host.Pause(ctx, 20*time.Millisecond) {
 			return fmt.Errorf("processes do not end: %s", strings.Join(processNames(pids), ", "))
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 const (
@@ -67,7 +68,7 @@ func (s *supervisor) await(ctx context.Context, d spec) error {
 		if err == nil {
 			return nil
 		}
-		if s.status.restarts(d.name) >= maxRestarts || !pause(ctx, probePause) {
+		if s.status.restarts(d.name) >= maxRestarts || !host.Pause(ctx, probePause) {
 			return fmt.Errorf("%s does not become ready: %w; the end of its log, %s:\n%s", d.name, err, d.cmd.log, tail(d.cmd.log, tailLines))
 		}
 	}

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 const importTime = time.Minute // for the pause image
@@ -92,7 +94,7 @@ func (c Config) runLocked(ctx context.Context, ready func(*Status)) error {
 
 // prepare chooses the subnet if that is left open, and makes the folders and configurations.
 func (c Config) prepare() (Config, error) {
-	taken, err := takenSubnets()
+	taken, err := host.Subnets()
 	if err != nil {
 		return c, err
 	}
@@ -211,7 +213,7 @@ func (s *supervisor) awaitSnapshotter(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
 	listens := probeDial("unix", s.cfg.paths().snapshotterSocket())
-	for listens(ctx) != nil && s.status.restarts(nameNodeagent) == 0 && pause(ctx, probePause) {
+	for listens(ctx) != nil && s.status.restarts(nameNodeagent) == 0 && host.Pause(ctx, probePause) {
 	}
 }
 

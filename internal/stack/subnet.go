@@ -4,12 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"net"
 	"net/netip"
 	"os"
 	"strings"
-
-	"github.com/vishvananda/netlink"
 )
 
 const (
@@ -51,38 +48,6 @@ func overlap(p netip.Prefix, taken []netip.Prefix) (netip.Prefix, bool) {
 		}
 	}
 	return netip.Prefix{}, false
-}
-
-// takenSubnets are the networks that this machine has addresses in or routes to, except the default route.
-func takenSubnets() ([]netip.Prefix, error) {
-	addresses, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
-	if err != nil {
-		return nil, fmt.Errorf("list addresses: %w", err)
-	}
-	routes, err := whole(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
-	if err != nil {
-		return nil, fmt.Errorf("list routes: %w", err)
-	}
-	var out []netip.Prefix
-	for _, a := range addresses {
-		out = appendNet(out, a.IPNet)
-	}
-	for _, r := range routes {
-		out = appendNet(out, r.Dst)
-	}
-	return out, nil
-}
-
-func appendNet(out []netip.Prefix, n *net.IPNet) []netip.Prefix {
-	if n == nil {
-		return out
-	}
-	ip, ok := netip.AddrFromSlice(n.IP.To4())
-	ones, _ := n.Mask.Size()
-	if !ok || ones == 0 {
-		return out
-	}
-	return append(out, netip.PrefixFrom(ip, ones).Masked())
 }
 
 // lastSubnet is what the deployment used before; the zero Prefix when nothing is known.

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -34,6 +35,9 @@ root = '/var/lib/h'
 		"lists united":            {"version = 3\ndisabled_plugins = ['io.containerd.grpc.v1.cri']\n", "version = 3\ndisabled_plugins = ['io.containerd.cri.v1.images']\n"},
 		"lists of tables":         {"version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = 'linux'\nsnapshotter = 'hearth'\ndiffer = 'walking'\n", "version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = 'linux'\nsnapshotter = 'overlayfs'\ndiffer = 'walking'\n"},
 		"mixed versions":          {"version = 3\n[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'a'\n", "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\nsnapshotter = 'hearth'\nruntimes.runc.runtime_type = 'io.containerd.runc.v2'\n"},
+		"registered":              {"version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = 'linux'\nsnapshotter = 'overlayfs'\ndiffer = 'walking'\n", registered(t, "version = 3\n")},
+		"registered, version 2":   {"version = 2\n", registered(t, "version = 2\n")},
+		"registered, version 4":   {"version = 4\n", registered(t, "version = 4\n")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -61,8 +65,26 @@ root = '/var/lib/h'
 			if diff := cmp.Diff(statuses(theirs), statuses(ours)); diff != "" {
 				t.Errorf("-containerd +doctor\n%s", diff)
 			}
+			want := doctor.Registration{Name: "hearth", Address: "/run/h.sock", Root: "/var/lib/h"}
+			if mine, its := want.Missing(ours) == nil, want.Missing(theirs) == nil; mine != its || strings.HasPrefix(name, "registered") != mine {
+				t.Errorf("registered: %v by our reading, %v by containerd's", mine, its)
+			}
 		})
 	}
+}
+
+// registered is the drop-in that nodeagent register lays over a configuration. The real containerd has to find in it what we do.
+func registered(t *testing.T, text string) string {
+	t.Helper()
+	c, err := doctor.Parse(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	drop, _, err := doctor.Registration{Name: "hearth", Address: "/run/h.sock", Root: "/var/lib/h"}.Text(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(drop)
 }
 
 // statuses are the findings that do not depend on the version of the file.

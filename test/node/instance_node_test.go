@@ -130,8 +130,11 @@ type instanceNode struct {
 	image     string // of the function
 	launcher  string // program
 	sidecar   string // likewise; empty is none
+	pause     string // image of the sandboxes
+	kubelet   string // namespace of the Pods that a kubelet makes; empty: the engine makes sandboxes
 	cgroup    string
 	netns     map[string]bool // those that were there before
+	strayAge  time.Duration   // of network namespaces that are nobody's; 0 is the engine's
 
 	engine *instance.Engine
 	calls  hearthv1connect.NodeServiceClient
@@ -168,11 +171,11 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	compile(t, n.launcher, "../../runtimes/launcher/main.go")
 	buildCommand(t, "logwriter", filepath.Join(filepath.Dir(n.launcher), "logwriter"))
 	n.image = n.registry.push(t, "functions/hello:1", programImage(t, "function", functionSource))
-	pause := n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
+	n.pause = n.registry.push(t, "pause:1", programImage(t, "pause", string(runtimes.Pause())))
 	n.containerdNode = startContainerd(t, containerdOptions{Snapshotter: n.snapshots, HostsDir: hosts, Config: fmt.Sprintf(`
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = %q
-`, pause)})
+`, n.pause)})
 	n.writeNetwork()
 	t.Cleanup(n.removeCgroups)
 	n.startEngine()
@@ -201,9 +204,13 @@ func (n *instanceNode) startEngine() {
 	if err != nil {
 		n.t.Fatal(err)
 	}
+	networks := n.networkDir()
+	if n.kubelet != "" { // it would be everybody's
+		networks = ""
+	}
 	n.engine, err = instance.New(instance.Config{
 		Node: "node-1", Root: filepath.Join(n.Dir, "node"), Address: n.Socket, CgroupParent: n.cgroup,
-		Launcher: n.launcher, Sidecar: n.sidecar, Listens: listens, Logger: n.log,
+		Launcher: n.launcher, Sidecar: n.sidecar, Kubelet: n.kubelet, NetworkDir: networks, NetworkAge: n.strayAge, Listens: listens, Logger: n.log,
 	})
 	if err != nil {
 		n.t.Fatal(err)
@@ -226,6 +233,11 @@ func (n *instanceNode) startEngine() {
 	n.stop = func() { cancel(); all.Wait() }
 	n.calls = hearthv1connect.NewNodeServiceClient(daemon.UnixClient(socket), "http://hearth")
 	n.eventually(func() error { return engine.Ready(ctx) })
+}
+
+// networkDir is the CRI's folder of network namespaces.
+func (n *instanceNode) networkDir() string {
+	return filepath.Join(n.Dir, "state", "io.containerd.grpc.v1.cri", "netns")
 }
 
 // patience is for what another process does, on whatever machine.

@@ -40,7 +40,7 @@ type definition struct {
 // definitions reads what is generated, and refuses what an API server would.
 func definitions(t testing.TB) map[string]*definition {
 	t.Helper()
-	files, err := filepath.Glob(filepath.Join(generated, "*.yaml"))
+	files, err := filepath.Glob(filepath.Join(generated, "hearth.dev_*.yaml"))
 	if err != nil || len(files) != 4 {
 		t.Fatalf("%s has %v (%v), not four kinds", generated, files, err)
 	}

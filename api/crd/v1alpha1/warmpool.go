@@ -102,6 +102,17 @@ type WarmPoolStatus struct {
 	Desired int32 `json:"desired"`
 }
 
+// Instances is spec.size, or its default where no API server has filled it in.
+func (s *WarmPoolSpec) Instances() int32 {
+	if s.Size == nil {
+		return DefaultPoolSize
+	}
+	return *s.Size
+}
+
+// DefaultPoolSize is what spec.size is if it is left out.
+const DefaultPoolSize = 3
+
 // WarmPoolList is what the API server answers to a list.
 //
 // +kubebuilder:object:root=true

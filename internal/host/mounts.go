@@ -1,4 +1,4 @@
-package stack
+package host
 
 import (
 	"bufio"
@@ -12,22 +12,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mount is a line of /proc/self/mountinfo.
-type mount struct {
-	point, kind, super string // mount point, type of file system, its options
-}
+// MountInfo is where the kernel lists the mounts that the reader sees.
+const MountInfo = "/proc/self/mountinfo"
 
-func readMounts(path string) ([]mount, error) {
+// Mount is a line of MountInfo: where it is, the type of the file system.
+type Mount struct{ Point, Kind string }
+
+// Mounts reads MountInfo, or a file like it; what is mounted later comes later.
+func Mounts(path string) ([]Mount, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("list mounts: %w", err)
 	}
 	defer f.Close()
-	var out []mount
+	var out []Mount
 	lines := bufio.NewScanner(f)
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
-		if m, ok := parseMount(lines.Text()); ok {
+		if m, ok := ParseMount(lines.Text()); ok {
 			out = append(out, m)
 		}
 	}
@@ -37,18 +39,14 @@ func readMounts(path string) ([]mount, error) {
 	return out, nil
 }
 
-// parseMount reads "ID PARENT MAJ:MIN ROOT POINT OPTIONS [TAGS...] - TYPE SOURCE SUPEROPTIONS", see proc_pid_mountinfo(5).
-func parseMount(line string) (mount, bool) {
+// ParseMount reads "ID PARENT MAJ:MIN ROOT POINT OPTIONS [TAGS...] - TYPE SOURCE SUPEROPTIONS", see proc_pid_mountinfo(5).
+func ParseMount(line string) (Mount, bool) {
 	left, right, ok := strings.Cut(line, " - ")
 	before, after := strings.Fields(left), strings.Fields(right)
 	if !ok || len(before) < 6 || len(after) < 1 {
-		return mount{}, false
+		return Mount{}, false
 	}
-	m := mount{point: unescape(before[4]), kind: after[0]}
-	if len(after) > 2 {
-		m.super = after[2]
-	}
-	return m, true
+	return Mount{Point: unescape(before[4]), Kind: after[0]}, true
 }
 
 // unescape undoes the kernel's \040 for a blank, and the like.
@@ -67,25 +65,25 @@ func unescape(s string) string {
 	return b.String()
 }
 
-// cgroupMounts are the mount points of cgroup hierarchies, of either version.
-func cgroupMounts(mounts []mount) []string {
+// CgroupMounts are the mount points of cgroup hierarchies, of either version.
+func CgroupMounts(mounts []Mount) []string {
 	var out []string
 	for _, m := range mounts {
-		if m.kind == "cgroup" || m.kind == "cgroup2" {
-			out = append(out, m.point)
+		if m.Kind == "cgroup" || m.Kind == "cgroup2" {
+			out = append(out, m.Point)
 		}
 	}
 	return out
 }
 
-// mountsWithin lists what is mounted strictly below the given folders, last mounted first. A folder that is itself a mount
+// MountsWithin lists what is mounted strictly below the given folders, last mounted first. A folder that is itself a mount
 // point is its owner's affair.
-func mountsWithin(mounts []mount, dirs ...string) []string {
+func MountsWithin(mounts []Mount, dirs ...string) []string {
 	var out []string
 	for i := len(mounts) - 1; i >= 0; i-- {
 		for _, dir := range dirs {
-			if strings.HasPrefix(mounts[i].point, dir+"/") {
-				out = append(out, mounts[i].point)
+			if strings.HasPrefix(mounts[i].Point, dir+"/") {
+				out = append(out, mounts[i].Point)
 				break
 			}
 		}
@@ -93,14 +91,14 @@ func mountsWithin(mounts []mount, dirs ...string) []string {
 	return out
 }
 
-// unmountAll detaches everything that is mounted below the given folders.
-func unmountAll(dirs ...string) error {
-	mounts, err := readMounts("/proc/self/mountinfo")
+// UnmountAll detaches everything that is mounted below the given folders.
+func UnmountAll(dirs ...string) error {
+	mounts, err := Mounts(MountInfo)
 	if err != nil {
 		return err
 	}
 	var problems []error
-	for _, point := range mountsWithin(mounts, dirs...) {
+	for _, point := range MountsWithin(mounts, dirs...) {
 		if err := unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 			problems = append(problems, fmt.Errorf("unmount %s: %w", point, err))
 		}
@@ -108,8 +106,8 @@ func unmountAll(dirs ...string) error {
 	return errors.Join(problems...)
 }
 
-// realDirs resolves symbolic links as mountinfo shows paths; folders that are not there stay as they are.
-func realDirs(dirs ...string) []string {
+// RealDirs resolves symbolic links as mountinfo shows paths; folders that are not there stay as they are.
+func RealDirs(dirs ...string) []string {
 	out := make([]string, len(dirs))
 	for i, dir := range dirs {
 		out[i] = dir
