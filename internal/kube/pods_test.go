@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -98,7 +99,7 @@ func (f *fakeManager) RemoveNode(name string) { f.told = append(f.told, "remove 
 type cluster struct {
 	client.Client
 	t      *testing.T
-	writes int
+	writes atomic.Int64
 	away   bool
 	pool   *fakeManager
 	pods   *pods
@@ -107,10 +108,10 @@ type cluster struct {
 func newCluster(t *testing.T, objects ...client.Object) *cluster {
 	c := &cluster{t: t, pool: &fakeManager{instances: map[string]*hearthv1.Instance{}}}
 	write := func() error {
-		if c.writes++; c.away {
-			c.writes--
+		if c.away {
 			return errAway
 		}
+		c.writes.Add(1)
 		return nil
 	}
 	c.Client = fake.NewClientBuilder().WithScheme(NewScheme()).WithObjects(objects...).WithInterceptorFuncs(interceptor.Funcs{
@@ -267,9 +268,9 @@ func TestAdoption(t *testing.T) {
 	c.make("i-1")
 	a := newAdopter(c.pods)
 	defer a.queue.ShutDown()
-	c.writes = 0
-	if err := a.adopt(t.Context(), "i-1"); err != nil || c.writes != 0 {
-		t.Errorf("%d writes for what nobody claimed: %v", c.writes, err)
+	c.writes.Store(0)
+	if err := a.adopt(t.Context(), "i-1"); err != nil || c.writes.Load() != 0 {
+		t.Errorf("%d writes for what nobody claimed: %v", c.writes.Load(), err)
 	}
 	i := c.pool.instances["i-1"]
 	i.State, i.Function, i.Revision = hearthv1.State_STATE_SERVING, "f", "f-00001"
@@ -285,8 +286,8 @@ func TestAdoption(t *testing.T) {
 	}
 	p := c.pod("i-1")
 	has := p.Spec.Containers[0].Resources.Requests
-	if c.writes != 2 {
-		t.Errorf("%d writes, want 2", c.writes)
+	if c.writes.Load() != 2 {
+		t.Errorf("%d writes, want 2", c.writes.Load())
 	}
 	if p.Labels[crd.LabelFunction] != "f" || p.Labels[crd.LabelRevision] != "f-00001" || p.Labels[crd.LabelPool] != "" {
 		t.Errorf("labels %v", p.Labels)
@@ -303,7 +304,7 @@ func TestAdoptionIsMerged(t *testing.T) {
 		c.make("i-1")
 		i := c.pool.instances["i-1"]
 		i.State, i.Function, i.Revision = hearthv1.State_STATE_SERVING, "f", "f-00001"
-		c.writes = 0
+		c.writes.Store(0)
 		a := newAdopter(c.pods)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -312,12 +313,12 @@ func TestAdoptionIsMerged(t *testing.T) {
 			a.changed("i-1")
 			time.Sleep(adoptDelay / 50)
 		}
-		if c.writes != 0 {
-			t.Errorf("%d writes within moments of the claim", c.writes)
+		if c.writes.Load() != 0 {
+			t.Errorf("%d writes within moments of the claim", c.writes.Load())
 		}
 		time.Sleep(time.Minute)
-		if c.writes != 1 { // nothing to resize
-			t.Errorf("%d writes, want 1", c.writes)
+		if c.writes.Load() != 1 { // nothing to resize
+			t.Errorf("%d writes, want 1", c.writes.Load())
 		}
 		cancel()
 		<-done
