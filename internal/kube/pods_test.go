@@ -350,7 +350,7 @@ func TestHeadroom(t *testing.T) {
 
 // TestNodesFollowTheCluster: a node comes with its first nodeagent that is ready, stays while that is replaced, and goes with the node.
 func TestNodesFollowTheCluster(t *testing.T) {
-	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}}
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}, Spec: corev1.NodeSpec{Taints: []corev1.Taint{{Key: TaintNotReady, Effect: corev1.TaintEffectNoSchedule}}}}
 	agent := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "hearth-system", Name: "agent", Labels: map[string]string{componentLabel: NodeagentComponent}},
 		Spec: corev1.PodSpec{NodeName: "n1"}, Status: corev1.PodStatus{HostIP: "10.0.0.1"}}
 	c := newCluster(t, node, agent)
@@ -387,9 +387,22 @@ func TestNodesFollowTheCluster(t *testing.T) {
 			agent.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: s}}
 		}
 	}
+	taints := func() []corev1.Taint {
+		t.Helper()
+		if err := c.Get(t.Context(), client.ObjectKeyFromObject(node), node); err != nil {
+			t.Fatal(err)
+		}
+		return node.Spec.Taints
+	}
 	look()
+	if len(taints()) != 1 {
+		t.Error("a node on which nodeagent is not ready lost its taint")
+	}
 	change(agent, ready(corev1.ConditionTrue))
 	look("add n1 false")
+	if left := taints(); len(left) != 0 {
+		t.Errorf("a node on which nodeagent serves has taints %v", left)
+	}
 	change(agent, ready(corev1.ConditionFalse))
 	look()
 	change(node, func() { node.Spec.Unschedulable = true })
