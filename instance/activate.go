@@ -201,9 +201,7 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 	recorded := i.recorded
 	i.mu.Unlock()
 	e.spawn(func(ctx context.Context) {
-		if !e.starts.lull(ctx, afterDelay) {
-			return
-		}
+		e.starts.lull(ctx, afterDelay) // if the engine stops meanwhile, there is none to wait for
 		if a.thaw {
 			e.untilRecorded(ctx, i.id, recorded, func(ctx context.Context) error { return e.recordThaw(ctx, i) })
 			return
@@ -219,10 +217,12 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 }
 
 // untilRecorded tries to have containerd know something until it does, and then closes recorded; it is false if the engine stops
-// before. A container that has gone needs no record.
+// before, and a last attempt has failed too: the next engine ends an Instance that serves and of which nobody knows. A container that
+// has gone needs no record.
 func (e *Engine) untilRecorded(ctx context.Context, id string, recorded chan struct{}, write func(context.Context) error) bool {
 	for delay := 100 * time.Millisecond; ; delay = min(2*delay, 5*time.Second) {
-		bounded, cancel := context.WithTimeout(ctx, recordTime)
+		last := ctx.Err() != nil
+		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTime)
 		err := absent(write(bounded))
 		cancel()
 		if err == nil {
@@ -230,9 +230,10 @@ func (e *Engine) untilRecorded(ctx context.Context, id string, recorded chan str
 			return true
 		}
 		e.log.Warn("what the instance has become is not recorded", "instance", id, "error", err)
-		if !sleep(ctx, delay) {
+		if last {
 			return false
 		}
+		sleep(ctx, delay)
 	}
 }
 

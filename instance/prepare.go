@@ -92,12 +92,9 @@ func (e *Engine) ForgetRevision(ctx context.Context, req *connect.Request[hearth
 }
 
 func (e *Engine) forget(ctx context.Context, req *hearthv1.ForgetRevisionRequest) error {
-	ref, code, err := checkRevision(req.Revision)
+	ref, err := checkForgotten(req.Revision)
 	if err != nil {
 		return err
-	}
-	if code != "" {
-		ref = code // a Runtime's image is not the Revision's
 	}
 	if err := e.open(); err != nil {
 		return err

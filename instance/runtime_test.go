@@ -108,7 +108,9 @@ func TestLoadInBootedRuntime(t *testing.T) {
 		if err := discard(e, "a", 1); err != nil || f.left() != nothing {
 			t.Errorf("discard: %v; left: %s", err, f.left())
 		}
-		if _, err := e.ForgetRevision(t.Context(), connect.NewRequest(&hearthv1.ForgetRevisionRequest{Revision: inPython(3), RemoveImage: true})); err != nil {
+		r = inPython(3)
+		r.Runtime = &hearthv1.Runtime{Name: "python"} // as poolmanager says it of what was deleted
+		if _, err := e.ForgetRevision(t.Context(), connect.NewRequest(&hearthv1.ForgetRevisionRequest{Revision: r, RemoveImage: true})); err != nil {
 			t.Fatal(err)
 		}
 		if f.images["example.org/code/hello:1"] || !f.images["example.org/python:1"] {

@@ -52,6 +52,23 @@ func TestRecordsWaitForALull(t *testing.T) {
 	}
 }
 
+// An engine that ends at once after a start has recorded it: the next one would end an Instance of which nobody knows.
+func TestEndRecordsWhatServes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t)
+		e, stop := runUntil(t, f)
+		makeMany(t, e, 1)
+		if _, err := activate(e, name(0), "c", 1, time.Minute); err != nil {
+			t.Error(err)
+		}
+		synctest.Wait()
+		stop()
+		if got := f.labels(name(0))[instance.LabelClaim]; got != "c" {
+			t.Errorf("the claim %q is recorded", got)
+		}
+	})
+}
+
 func name(n int) string { return fmt.Sprintf("i-%d", n) }
 
 func makeMany(t *testing.T, e *instance.Engine, n int) {

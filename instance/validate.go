@@ -137,6 +137,18 @@ func checkRevision(r *hearthv1.Revision) (image, code string, err error) {
 	return checkCode(r)
 }
 
+// checkForgotten returns what a Revision brought to the node for itself: its code, or its image. Its Runtime may be gone by then, and is
+// not the Revision's anyway.
+func checkForgotten(r *hearthv1.Revision) (ref string, err error) {
+	if len(r.GetName()) > maxRevision || !isLabel(r.GetName()) {
+		return "", invalid("revision %q is not a DNS label of at most %d characters", r.GetName(), maxRevision)
+	}
+	if r.GetCode() != nil {
+		return checkImage(r.Code.Package)
+	}
+	return checkImage(r.Image)
+}
+
 // checkCode checks a Revision of a Runtime.
 func checkCode(r *hearthv1.Revision) (image, code string, err error) {
 	if r.Runtime == nil || r.Code == nil || r.Image != "" || len(r.Command)+len(r.Args) > 0 || r.WritableRoot {

@@ -36,6 +36,7 @@ type fakeNode struct {
 	created   int
 	most      int // Instances that were neither serving nor going at once
 	prepared  map[string]int
+	images    map[string]bool // that were prepared
 	forgotten map[string]bool // by Revision; the value is remove_image
 	discards  []string
 	concur    map[string]int // activations under way, by Function
@@ -55,7 +56,7 @@ type fakeNode struct {
 
 func newFakeNode(t testing.TB, name string) *fakeNode {
 	return &fakeNode{t: t, name: name, instances: map[string]*hearthv1.Instance{}, results: map[string]*hearthv1.ActivateResponse{},
-		watchers: map[chan *hearthv1.WatchInstancesResponse]chan struct{}{}, wins: map[string][]string{}, prepared: map[string]int{},
+		watchers: map[chan *hearthv1.WatchInstancesResponse]chan struct{}{}, wins: map[string][]string{}, prepared: map[string]int{}, images: map[string]bool{},
 		forgotten: map[string]bool{}, owners: map[string]string{}, concur: map[string]int{}, mostOf: map[string]int{},
 		createTime: 100 * time.Millisecond, activateTime: 50 * time.Millisecond, prepareTime: 10 * time.Millisecond, freezeTime: time.Millisecond}
 }
@@ -339,6 +340,7 @@ func (n *fakeNode) PrepareRevision(ctx context.Context, r *hearthv1.PrepareRevis
 		}
 	}
 	n.prepared[r.Revision.Name]++
+	n.images[r.Revision.Image] = true
 	return &hearthv1.PrepareRevisionResponse{Image: "pinned@" + cmp.Or(r.Revision.Image, r.Revision.Code.GetPackage())}, n.leave("prepare", r.Revision.Name)
 }
 
@@ -350,6 +352,13 @@ func (n *fakeNode) ForgetRevision(ctx context.Context, r *hearthv1.ForgetRevisio
 	}
 	n.forgotten[r.Revision.Name] = r.RemoveImage
 	return nil
+}
+
+// has lists the images that were prepared.
+func (n *fakeNode) has() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Sorted(maps.Keys(n.images))
 }
 
 // cut breaks every stream.

@@ -26,6 +26,8 @@ const (
 	gatherTime = 2 * time.Second
 	// resettle is how long after a change of the nodes Functions are prepared anew where they belong then.
 	resettle = 200 * time.Millisecond
+	// imageRetry is after when an image is asked for again that a node could not have.
+	imageRetry = 30 * time.Second
 )
 
 // NodeInfo is what there is to know of a node besides its Instances.
@@ -86,6 +88,8 @@ type WarmSet struct {
 	// Runtime is booted in them; empty is a sandbox.
 	Runtime string
 	PerNode int
+	// Images that these nodes have ahead: of Functions, or packages of code.
+	Images []string
 	// Covers says whether a node is meant; nil is every node. It must not block.
 	Covers func(name string, info NodeInfo) bool
 }
@@ -186,12 +190,35 @@ func (m *Manager) SetWarmSets(sets []WarmSet) {
 
 // measure sums up what the sets ask of a node.
 func (m *Manager) measure(n *node) {
-	n.sizes = map[string]int{}
+	n.sizes, n.images = map[string]int{}, nil
 	for _, s := range m.warmSets {
 		if s.Covers == nil || s.Covers(n.name, n.info) {
 			n.sizes[s.Runtime] += max(0, s.PerNode)
+			n.images = append(n.images, s.Images...)
 		}
 	}
+}
+
+// prepareImage has an image on a node that no Function may have yet. It stands for itself as a Revision, whose name can be no Function's:
+// theirs end in five digits or more.
+func (m *Manager) prepareImage(n *node, ref string) {
+	name := fmt.Sprintf("image-%016x-i", hashOf(ref))
+	if n.prepares[name] != nil {
+		return
+	}
+	m.prepareOn(n, &prepare{
+		revision: &hearthv1.Revision{Name: name, Function: "image", Image: ref, Port: defaultPort},
+		pin:      func(string) error { return nil },
+		then: func(now time.Time, err error) {
+			if err != nil { // it is tried again, with all else that is missing then
+				delete(n.prepares, name)
+				if next := now.Add(imageRetry); m.settleAt.IsZero() || m.settleAt.After(next) {
+					m.settleAt = next
+					m.at(next)
+				}
+			}
+		},
+	})
 }
 
 // size is how many warm Instances of a kind a node keeps.
@@ -344,8 +371,8 @@ func mix(x uint64) uint64 {
 
 // resettle has Functions prepared where they belong now, in a moment: nodes come in numbers.
 func (m *Manager) resettle(now time.Time) {
-	if m.settleAt.IsZero() {
-		m.settleAt = now.Add(resettle)
+	if soon := now.Add(resettle); m.settleAt.IsZero() || m.settleAt.After(soon) {
+		m.settleAt = soon
 	}
 }
 
@@ -367,6 +394,14 @@ func (m *Manager) prepareAll(now time.Time) {
 			if n.prepares[f.revision.GetName()] == nil {
 				m.prepareFunction(n, f)
 			}
+		}
+	}
+	for _, n := range m.nodes {
+		if !n.synced || n.info.Cordoned {
+			continue
+		}
+		for _, ref := range n.images {
+			m.prepareImage(n, ref)
 		}
 	}
 }

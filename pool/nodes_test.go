@@ -1,7 +1,9 @@
 package pool_test
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -137,6 +139,41 @@ func TestWarmSets(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		if a.total()+b.total() != 0 {
 			t.Errorf("%d instances are left of sets that are gone", a.total()+b.total())
+		}
+	})
+}
+
+// TestWarmSetImages: the nodes that a set covers have its images ahead, also one that comes later, and one that could not be had.
+func TestWarmSetImages(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, c := newFakeNode(t, "a"), newFakeNode(t, "b"), newFakeNode(t, "c")
+		refused := 0
+		a.broken = func(_ string, _ *hearthv1.Runtime, image string) error {
+			if image == "registry/late:1" && refused < 2 {
+				refused++
+				return connect.NewError(connect.CodeUnavailable, errors.New("registry is away"))
+			}
+			return nil
+		}
+		r := start(t, pool.Config{Store: newMemory(), PoolSize: -1, PrepareNodes: 8})
+		defer r.stop()
+		fast := func(_ string, n pool.NodeInfo) bool { return n.Labels["disk"] == "fast" }
+		r.add(a, pool.NodeInfo{Labels: map[string]string{"disk": "fast"}})
+		r.add(b, pool.NodeInfo{})
+		r.SetWarmSets([]pool.WarmSet{{Covers: fast, Images: []string{"registry/early:1", "registry/late:1"}}})
+		time.Sleep(10 * time.Second)
+		if got := a.has(); !slices.Equal(got, []string{"registry/early:1"}) {
+			t.Errorf("the node has %q, want the image that can be had", got)
+		}
+		r.add(c, pool.NodeInfo{Labels: map[string]string{"disk": "fast"}})
+		time.Sleep(2 * time.Minute)
+		for _, n := range []*fakeNode{a, c} {
+			if got := n.has(); !slices.Equal(got, []string{"registry/early:1", "registry/late:1"}) {
+				t.Errorf("node %s has %q, want both images", n.name, got)
+			}
+		}
+		if got := b.has(); len(got) != 0 {
+			t.Errorf("a node that the set does not cover has %q", got)
 		}
 	})
 }

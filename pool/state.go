@@ -132,6 +132,7 @@ type node struct {
 	client Node
 	info   NodeInfo
 	sizes  map[string]int // that warm sets ask for, by Runtime
+	images []string       // that they want there
 	// calls that are under way; stop ends watch.
 	calls   map[*context.CancelFunc]struct{}
 	stop    context.CancelFunc

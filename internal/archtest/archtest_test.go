@@ -57,7 +57,7 @@ var families = map[string][]string{
 	"github.com/containerd/containerd/v2/core/snapshots":     {"snapshotter"},
 	"github.com/containerd/containerd/v2/contrib/snapshotse": {"snapshotter"},
 	"github.com/containerd/containerd/v2/contrib/seccomp":    {"instance"},
-	"github.com/containerd/containerd/api":                   {"snapshotter", "instance", "internal/doctor", "cmd/nodeagent", "bench"},
+	"github.com/containerd/containerd/api":                   {"snapshotter", "instance", "internal/doctor", "internal/register", "cmd/nodeagent", "bench"},
 }
 
 type pkg struct {

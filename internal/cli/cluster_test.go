@@ -192,9 +192,15 @@ func TestPlugin(t *testing.T) {
 		return out.String()
 	}
 	help := run("--help")
-	if !strings.Contains(help, "\n  kubectl hearth deploy hello") || !strings.Contains(help, "kubectl hearth [command]") || strings.Contains(help, "Bring Hearth up on this machine") {
+	if !strings.Contains(help, "\n  kubectl hearth deploy hello") || !strings.Contains(help, "kubectl hearth [command]") || strings.Contains(help, "sudo") {
 		t.Errorf("help: %s", help)
 	}
+	t.Setenv("KUBECONFIG", "/nowhere")
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
+	if got := run("status"); !strings.HasPrefix(got, "hearth: no cluster to talk to: ") {
+		t.Errorf("without a cluster: %q", got)
+	}
+	t.Setenv("KUBECONFIG", c.kubeconfig)
 	if got := run("get", "other"); !strings.Contains(got, "see `kubectl hearth list`") {
 		t.Errorf("%q", got)
 	}

@@ -132,6 +132,11 @@ const rootExample = `  sudo hearth up --tools .cache/tools/current     bring it 
   hearth start hello --cold --trace               where does the time of a start go?
   sudo hearth down                                leave nothing behind, but the data`
 
+const pluginExample = `  hearth install --registry REGISTRY              bring Hearth into the cluster
+  hearth deploy hello --image REF                 deploy a function, from an image or from code
+  hearth invoke hello                             call it; it starts when it is called
+  hearth uninstall                                leave nothing behind`
+
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
 		Use: "hearth", Short: "Serverless functions that start at once", Long: rootLong, Example: rootExample,
@@ -182,6 +187,7 @@ func (a *app) root() *cobra.Command {
 func (a *app) adapt(root *cobra.Command) {
 	root.Use = "kubectl-hearth"
 	root.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: pluginName}
+	root.Example = pluginExample
 	root.Long = strings.Replace(root.Long, "\"hearth status\"", "\""+pluginName+" status\"", 1)
 	for _, c := range all(root) {
 		c.Example, c.Long = a.named(c.Example), a.named(c.Long)

@@ -2,9 +2,12 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"slices"
 	"time"
+
+	"connectrpc.com/connect"
 
 	crd "github.com/hearth-serverless/hearth/api/crd/v1alpha1"
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -138,6 +141,9 @@ func (a *app) onCluster() (bool, error) {
 func (a *app) cluster() (*cluster.Client, error) {
 	if a.client == nil {
 		c, err := cluster.Open(a.kube)
+		if rpc := (*connect.Error)(nil); errors.As(err, &rpc) {
+			return nil, &spoken{text: rpc.Message(), err: err} // it says what to do, and needs no code before it
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -529,19 +529,29 @@ func TestRevisionIsReadyWhenItsBytesAreFixed(t *testing.T) {
 func TestFollowTellsWhatChanged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
+		var mu sync.Mutex // guards what follows
 		states, told, fails := map[string]int{"a": 1, "b": 1}, []string{}, false
+		change := func(what func()) {
+			mu.Lock()
+			defer mu.Unlock()
+			what()
+		}
 		look := func(context.Context) (map[string]int, error) {
+			mu.Lock()
+			defer mu.Unlock()
 			if fails {
 				return nil, errors.New("shutting down")
 			}
 			return maps.Clone(states), nil
 		}
 		done := make(chan error)
-		go func() { done <- follow(ctx, look, func(name string) { told = append(told, name) }) }()
+		go func() { done <- follow(ctx, look, func(name string) { change(func() { told = append(told, name) }) }) }()
 		step := func(want ...string) {
 			t.Helper()
 			time.Sleep(lookEvery)
 			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
 			if diff := cmp.Diff(want, slices.Clone(told)); diff != "" {
 				t.Errorf("-want +told:\n%s", diff)
 			}
@@ -550,13 +560,11 @@ func TestFollowTellsWhatChanged(t *testing.T) {
 		time.Sleep(time.Millisecond)
 		step("a", "b")
 		step()
-		states["b"]++
-		states["c"] = 0
+		change(func() { states["b"]++; states["c"] = 0 })
 		step("b", "c")
-		delete(states, "a")
-		fails = true
+		change(func() { delete(states, "a"); fails = true })
 		step()
-		fails = false
+		change(func() { fails = false })
 		step("a")
 		cancel()
 		if err := <-done; err != nil {

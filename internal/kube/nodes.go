@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -74,15 +75,21 @@ func (n *nodes) reconcile(ctx context.Context) error {
 		}
 	}
 	gone := maps.Clone(n.known)
+	var errs []error
 	for i := range all.Items {
 		node := &all.Items[i]
 		delete(gone, node.Name)
 		n.bring(node, serving[node.Name])
+		taken, err := untaint(ctx, n.pods.api, node, serving[node.Name] != "" && n.pods.manager.NodeUp(node.Name))
+		if taken {
+			n.log.Info("node is open for pods", "node", node.Name, "taint", TaintNotReady)
+		}
+		errs = append(errs, err)
 	}
 	for name := range gone {
 		n.remove(name)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // bring takes in one node; address is empty if no nodeagent is ready there.

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -98,7 +99,7 @@ func (f *fakeManager) RemoveNode(name string) { f.told = append(f.told, "remove 
 type cluster struct {
 	client.Client
 	t      *testing.T
-	writes int
+	writes atomic.Int64
 	away   bool
 	pool   *fakeManager
 	pods   *pods
@@ -107,10 +108,10 @@ type cluster struct {
 func newCluster(t *testing.T, objects ...client.Object) *cluster {
 	c := &cluster{t: t, pool: &fakeManager{instances: map[string]*hearthv1.Instance{}}}
 	write := func() error {
-		if c.writes++; c.away {
-			c.writes--
+		if c.away {
 			return errAway
 		}
+		c.writes.Add(1)
 		return nil
 	}
 	c.Client = fake.NewClientBuilder().WithScheme(NewScheme()).WithObjects(objects...).WithInterceptorFuncs(interceptor.Funcs{
@@ -267,9 +268,9 @@ func TestAdoption(t *testing.T) {
 	c.make("i-1")
 	a := newAdopter(c.pods)
 	defer a.queue.ShutDown()
-	c.writes = 0
-	if err := a.adopt(t.Context(), "i-1"); err != nil || c.writes != 0 {
-		t.Errorf("%d writes for what nobody claimed: %v", c.writes, err)
+	c.writes.Store(0)
+	if err := a.adopt(t.Context(), "i-1"); err != nil || c.writes.Load() != 0 {
+		t.Errorf("%d writes for what nobody claimed: %v", c.writes.Load(), err)
 	}
 	i := c.pool.instances["i-1"]
 	i.State, i.Function, i.Revision = hearthv1.State_STATE_SERVING, "f", "f-00001"
@@ -285,8 +286,8 @@ func TestAdoption(t *testing.T) {
 	}
 	p := c.pod("i-1")
 	has := p.Spec.Containers[0].Resources.Requests
-	if c.writes != 2 {
-		t.Errorf("%d writes, want 2", c.writes)
+	if c.writes.Load() != 2 {
+		t.Errorf("%d writes, want 2", c.writes.Load())
 	}
 	if p.Labels[crd.LabelFunction] != "f" || p.Labels[crd.LabelRevision] != "f-00001" || p.Labels[crd.LabelPool] != "" {
 		t.Errorf("labels %v", p.Labels)
@@ -303,7 +304,7 @@ func TestAdoptionIsMerged(t *testing.T) {
 		c.make("i-1")
 		i := c.pool.instances["i-1"]
 		i.State, i.Function, i.Revision = hearthv1.State_STATE_SERVING, "f", "f-00001"
-		c.writes = 0
+		c.writes.Store(0)
 		a := newAdopter(c.pods)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -312,12 +313,12 @@ func TestAdoptionIsMerged(t *testing.T) {
 			a.changed("i-1")
 			time.Sleep(adoptDelay / 50)
 		}
-		if c.writes != 0 {
-			t.Errorf("%d writes within moments of the claim", c.writes)
+		if c.writes.Load() != 0 {
+			t.Errorf("%d writes within moments of the claim", c.writes.Load())
 		}
 		time.Sleep(time.Minute)
-		if c.writes != 1 { // nothing to resize
-			t.Errorf("%d writes, want 1", c.writes)
+		if c.writes.Load() != 1 { // nothing to resize
+			t.Errorf("%d writes, want 1", c.writes.Load())
 		}
 		cancel()
 		<-done
@@ -349,7 +350,7 @@ func TestHeadroom(t *testing.T) {
 
 // TestNodesFollowTheCluster: a node comes with its first nodeagent that is ready, stays while that is replaced, and goes with the node.
 func TestNodesFollowTheCluster(t *testing.T) {
-	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}}
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}, Spec: corev1.NodeSpec{Taints: []corev1.Taint{{Key: TaintNotReady, Effect: corev1.TaintEffectNoSchedule}}}}
 	agent := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "hearth-system", Name: "agent", Labels: map[string]string{componentLabel: NodeagentComponent}},
 		Spec: corev1.PodSpec{NodeName: "n1"}, Status: corev1.PodStatus{HostIP: "10.0.0.1"}}
 	c := newCluster(t, node, agent)
@@ -386,9 +387,22 @@ func TestNodesFollowTheCluster(t *testing.T) {
 			agent.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: s}}
 		}
 	}
+	taints := func() []corev1.Taint {
+		t.Helper()
+		if err := c.Get(t.Context(), client.ObjectKeyFromObject(node), node); err != nil {
+			t.Fatal(err)
+		}
+		return node.Spec.Taints
+	}
 	look()
+	if len(taints()) != 1 {
+		t.Error("a node on which nodeagent is not ready lost its taint")
+	}
 	change(agent, ready(corev1.ConditionTrue))
 	look("add n1 false")
+	if left := taints(); len(left) != 0 {
+		t.Errorf("a node on which nodeagent serves has taints %v", left)
+	}
 	change(agent, ready(corev1.ConditionFalse))
 	look()
 	change(node, func() { node.Spec.Unschedulable = true })

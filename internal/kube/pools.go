@@ -77,7 +77,7 @@ func (p *Pools) change(what func() bool) {
 	sets := make([]pool.WarmSet, 0, len(p.pools))
 	for _, name := range slices.Sorted(maps.Keys(p.pools)) {
 		w := p.pools[name]
-		sets = append(sets, pool.WarmSet{Runtime: w.Spec.Runtime, PerNode: sizeOf(w), Covers: func(node string, _ pool.NodeInfo) bool {
+		sets = append(sets, pool.WarmSet{Runtime: w.Spec.Runtime, PerNode: sizeOf(w), Images: fromWords[string](w.Spec.Images), Covers: func(node string, _ pool.NodeInfo) bool {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			return covers(w, p.nodes[node])

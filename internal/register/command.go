@@ -26,7 +26,7 @@ message has the line to add), 4 the files are right but containerd has to be res
 
 // Commands are register and unregister, of nodeagent.
 func Commands() []daemon.Command {
-	c, purge := Config{Name: cripull.Handler}, false
+	c := Config{Name: cripull.Handler}
 	return []daemon.Command{
 		{
 			Name: "register", Short: "tell this node's containerd of Hearth's snapshotter",
@@ -40,15 +40,9 @@ func Commands() []daemon.Command {
 			Long: "unregister undoes what register has done, and restarts containerd. Run it when nodeagent and its instances are gone from the node.\n\n" + long,
 			Flags: func(f *pflag.FlagSet) {
 				c.flags(f)
-				f.BoolVar(&purge, "purge", false, "unmount and remove the snapshotter's root too")
+				f.BoolVar(&c.Purge, "purge", false, "unmount and remove the snapshotter's root too")
 			},
-			Run: func(ctx context.Context, out io.Writer) error {
-				c.Out = out
-				if err := Undo(ctx, c); err != nil || !purge {
-					return err
-				}
-				return c.purge()
-			},
+			Run: func(ctx context.Context, out io.Writer) error { c.Out = out; return Undo(ctx, c) },
 		},
 	}
 }
@@ -66,7 +60,7 @@ func (c *Config) flags(f *pflag.FlagSet) {
 }
 
 // purge removes the snapshotter's root with all that is mounted below it.
-func (c *Config) purge() error {
+func (c Config) purge() error {
 	real, err := filepath.EvalSymlinks(c.Root)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

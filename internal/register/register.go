@@ -54,6 +54,7 @@ type Config struct {
 	State      string // folder for what has to be known to undo it
 	EditMain   bool   // an import may be added to the main file
 	Restart    bool   // containerd may be restarted
+	Purge      bool   // Undo unmounts and removes Root too
 	// RestartCommand is run by sh -c, with CONTAINERD_PID in its environment; empty: systemctl, if containerd is a service.
 	RestartCommand string
 	Wait           time.Duration // for containerd to be back
@@ -187,9 +188,9 @@ func (r *registrar) plan(old *record) (*plan, error) {
 
 func meaningOf(err error) string {
 	if err != nil {
-		return "and it cannot be edited: " + err.Error()
+		return "it cannot be edited: " + err.Error()
 	}
-	return "and it is not edited without --edit-main"
+	return "it is not edited without --edit-main"
 }
 
 // difference is what was put in between.

@@ -25,10 +25,18 @@ func Undo(ctx context.Context, c Config) error {
 	}
 	if old == nil {
 		r.say("nothing was registered by this program")
+		if c.Purge {
+			return r.purge()
+		}
 		return nil
 	}
 	if err := r.needed(old); err != nil {
 		return refused(err)
+	}
+	if c.Purge && r.running.Exports != nil {
+		if err := forget(ctx, r.Containerd, r.Name); err != nil {
+			return err
+		}
 	}
 	if old.Main != nil {
 		if err := r.restoreMain(old.Main); err != nil {
@@ -48,6 +56,11 @@ func Undo(ctx context.Context, c Config) error {
 	}
 	if err := r.unload(ctx); err != nil {
 		return err // what is recorded stays, for another try
+	}
+	if c.Purge {
+		if err := r.purge(); err != nil {
+			return err
+		}
 	}
 	return os.RemoveAll(r.State)
 }

@@ -25,7 +25,7 @@ type Function struct {
 	metav1.TypeMeta `json:",inline"`
 	// +optional
 	metav1.ObjectMeta `json:"metadata,omitempty"`
-	// Spec is what the user wants.
+	// Spec is what the user wants: either image, or runtime and code.
 	// +required
 	Spec FunctionSpec `json:"spec"`
 	// Status is what Hearth says of it.
