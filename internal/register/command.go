@@ -40,7 +40,8 @@ func Commands() []daemon.Command {
 			Long: "unregister undoes what register has done, and restarts containerd. Run it when nodeagent and its instances are gone from the node.\n\n" + long,
 			Flags: func(f *pflag.FlagSet) {
 				c.flags(f)
-				f.BoolVar(&c.Purge, "purge", false, "unmount and remove the snapshotter's root too")
+				f.BoolVar(&c.Purge, "purge", false, "unmount and remove the snapshotter's root and nodeagent's too")
+				f.StringVar(&c.Files, "root", "/var/lib/hearth/node", "nodeagent's folder of logs and of files for instances, with --purge")
 			},
 			Run: func(ctx context.Context, out io.Writer) error { c.Out = out; return Undo(ctx, c) },
 		},
@@ -59,9 +60,21 @@ func (c *Config) flags(f *pflag.FlagSet) {
 	f.DurationVar(&c.Wait, "wait", 2*time.Minute, "how long containerd may take to be back")
 }
 
-// purge removes the snapshotter's root with all that is mounted below it.
+// purge removes the snapshotter's root and nodeagent's, with all that is mounted below them.
 func (c Config) purge() error {
-	real, err := filepath.EvalSymlinks(c.Root)
+	for _, dir := range []string{c.Root, c.Files} {
+		if dir == "" {
+			continue
+		}
+		if err := c.removeMounted(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c Config) removeMounted(dir string) error {
+	real, err := filepath.EvalSymlinks(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -54,7 +54,8 @@ type Config struct {
 	State      string // folder for what has to be known to undo it
 	EditMain   bool   // an import may be added to the main file
 	Restart    bool   // containerd may be restarted
-	Purge      bool   // Undo unmounts and removes Root too
+	Purge      bool   // Undo unmounts and removes Root and Files too
+	Files      string // nodeagent's folder of logs and of files for Instances; empty: none
 	// RestartCommand is run by sh -c, with CONTAINERD_PID in its environment; empty: systemctl, if containerd is a service.
 	RestartCommand string
 	Wait           time.Duration // for containerd to be back
@@ -69,7 +70,10 @@ type registrar struct {
 }
 
 func (c Config) look(ctx context.Context) (*registrar, error) {
-	for what, path := range map[string]string{"snapshotter socket": c.Address, "snapshotter root": c.Root, "state": c.State} {
+	for what, path := range map[string]string{"snapshotter socket": c.Address, "snapshotter root": c.Root, "state": c.State, "root": c.Files} {
+		if what == "root" && path == "" {
+			continue
+		}
 		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
 			return nil, fmt.Errorf("%s %q is not a clean absolute path", what, path)
 		}

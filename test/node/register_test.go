@@ -96,7 +96,7 @@ func (n *podNode) once(args ...string) (code int, says string) {
 	cmd := n.inPod(ctx, "mount --make-rprivate /; mount --bind $D/c.sock "+socket+"; mount -t tmpfs none $D; touch $D/c.sock; mount --bind "+socket+" $D/c.sock", args...)
 	again := fmt.Sprintf(`kill $CONTAINERD_PID; while kill -0 $CONTAINERD_PID 2>/dev/null; do sleep 0.05; done
 		PATH=%[1]s:$PATH XDG_CONFIG_HOME=%[2]s setsid %[1]s/containerd --config %[2]s/config.toml --log-level info </dev/null >>%[2]s/log 2>&1 &`, n.tools, n.Dir)
-	cmd.Env = append(cmd.Env, "HEARTH_STATE="+filepath.Join(n.lib, "register"), "HEARTH_RESTART_COMMAND="+again)
+	cmd.Env = append(cmd.Env, "HEARTH_STATE="+filepath.Join(n.lib, "register"), "HEARTH_ROOT="+filepath.Join(n.lib, "node"), "HEARTH_RESTART_COMMAND="+again)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
@@ -287,8 +287,10 @@ func TestRegister(t *testing.T) {
 	if left := n.layerMounts(); len(left) > 0 {
 		t.Errorf("mounts are left: %v", left)
 	}
-	if _, err := os.Stat(filepath.Join(n.lib, "snapshotter")); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the snapshotter's root: %v", err)
+	for _, dir := range []string{"snapshotter", "node", "register"} {
+		if _, err := os.Stat(filepath.Join(n.lib, dir)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the folder %s is left: %v", dir, err)
+		}
 	}
 	if c := doctor.AskContainerd(t.Context(), n.Socket, "hearth"); c.Err != nil || c.Exports != nil {
 		t.Errorf("after unregister: %+v", c)
