@@ -64,12 +64,12 @@ type served struct {
 	faults          []string
 }
 
-// churn asks a Function again and again, one request at a time, each when it is at zero again.
-func churn(ctx context.Context, url string) (s served) {
+// churn asks a Function again and again, one request at a time, each when it is at zero again, or at least should be.
+func (b *bed) churn(ctx context.Context, function string) (s served) {
 	before := map[string]bool{}
 	last := ""
 	for ctx.Err() == nil {
-		name, took, err := timed(context.WithoutCancel(ctx), url)
+		name, took, err := timed(context.WithoutCancel(ctx), b.url(function))
 		s.slowest = max(s.slowest, took)
 		switch {
 		case err != nil:
@@ -80,9 +80,23 @@ func churn(ctx context.Context, url string) (s served) {
 			s.claims++
 		}
 		before[name], last = true, name
-		host.Pause(ctx, 2500*time.Millisecond) // longer than what it takes to be at zero
+		b.awaitZero(ctx, function)
 	}
 	return s
+}
+
+// awaitZero waits until a Function has no Instance, for 15 s at most.
+func (b *bed) awaitZero(ctx context.Context, function string) {
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	host.Pause(ctx, time.Second) // until the API server has been told that there is one
+	for host.Pause(ctx, 200*time.Millisecond) {
+		var f crd.Function
+		err := b.api.Get(ctx, client.ObjectKey{Namespace: namespace, Name: function}, &f)
+		if err == nil && f.Status.Ready == 0 && f.Status.Starting == 0 && f.Status.Desired == 0 {
+			return
+		}
+	}
 }
 
 // While Functions are claimed all the time the leader is killed. Another leads within seconds, and nobody but the slowest notices.
@@ -96,16 +110,16 @@ func (b *bed) testLeaderKilled(t *testing.T) {
 	defer stop()
 	all := make([]served, len(urls))
 	var asking sync.WaitGroup
-	for i, url := range urls {
-		asking.Go(func() { all[i] = churn(ctx, url) })
+	for i := range urls {
+		asking.Go(func() { all[i] = b.churn(ctx, fmt.Sprintf("led-%d", i)) })
 	}
-	host.Pause(t.Context(), 10*time.Second)
+	host.Pause(t.Context(), 20*time.Second)
 	took := b.killLeader(t)
 	t.Logf("another led after %v", took.Round(10*time.Millisecond))
 	if took > takeOver {
 		t.Errorf("the take-over took %v, more than %v", took, takeOver)
 	}
-	host.Pause(t.Context(), 15*time.Second)
+	host.Pause(t.Context(), 20*time.Second)
 	stop()
 	asking.Wait()
 	claims, slowest := 0, time.Duration(0)
@@ -176,7 +190,7 @@ func (b *bed) testUpgrade(t *testing.T) {
 		t.Logf("%s was replaced in %v", daemon, time.Since(begun).Round(time.Second))
 	}
 	host.Pause(t.Context(), 10*time.Second) // the last gateway goes on serving for a while
-	requests.end(t, 500)
+	requests.end(t, 200)
 	after := b.instances(t, crd.LabelInstance)
 	for uid, pod := range before {
 		if _, ok := after[uid]; !ok {
