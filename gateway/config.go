@@ -50,7 +50,8 @@ type Config struct {
 	Pool   Pool
 	// Dial connects to an Instance; default is TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
-	// DialTime bounds one attempt to connect to an Instance; default 2 s.
+	// DialTime bounds one attempt to connect to an Instance; default 1.5 s: one packet may be lost, and a node that has vanished is given
+	// up in time to have its Functions elsewhere within 5 s.
 	DialTime time.Duration
 	// Patience is how long an activation asks again while poolmanager or its nodes are unavailable, which is how a restart of
 	// theirs looks from here; default 3 s. Requests wait meanwhile. Negative is no patience.
@@ -81,7 +82,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Dial == nil {
 		c.Dial = (&net.Dialer{}).DialContext
 	}
-	c.DialTime = orDefault(c.DialTime, 2*time.Second)
+	c.DialTime = orDefault(c.DialTime, 1500*time.Millisecond)
 	c.Patience = orDefault(c.Patience, 3*time.Second)
 	c.ActivationTime = orDefault(c.ActivationTime, 60*time.Second)
 	c.DrainTime = orDefault(c.DrainTime, 25*time.Second)

@@ -86,7 +86,7 @@ func ServeTLS(ctx context.Context, log *slog.Logger, l net.Listener, keys *pki.D
 	protocols.SetHTTP2(true)
 	return runServer(ctx, l, &http.Server{
 		Handler: untilExpiry(h), Protocols: protocols, TLSConfig: keys.Server(allowed...), ConnState: new(strangers).state,
-		HTTP2:    &http.HTTP2Config{SendPingTimeout: probeTime, PingTimeout: deadTime - probeTime},
+		HTTP2:    &http.HTTP2Config{SendPingTimeout: probeTime, PingTimeout: probeTime},
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug), // any stranger may cause a line
 	})
 }
@@ -142,7 +142,7 @@ func TLSClient(keys *pki.Dir, identity, address string) *http.Client {
 			return dialTLS(ctx, address, keys.Client(identity, protocol))
 		}
 	}
-	return newClient(dial("http/1.1"), dial("h2"), idleTLSTime, &http.HTTP2Config{SendPingTimeout: probeTime, PingTimeout: deadTime - probeTime})
+	return newClient(dial("http/1.1"), dial("h2"), idleTLSTime, &http.HTTP2Config{SendPingTimeout: probeTime, PingTimeout: probeTime})
 }
 
 func dialTLS(ctx context.Context, address string, config *tls.Config) (net.Conn, error) {

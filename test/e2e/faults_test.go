@@ -253,9 +253,9 @@ func (b *bed) testNodeKilled(t *testing.T) {
 	b.settle(t)
 }
 
-// moveTime is how long the next request to what was on a node that has vanished may take here. 5 s are promised, and are not kept always:
-// poolmanager withdraws what was on the node after some 4 s, and a gateway that has begun to connect to it by then goes on for 2 s.
-const moveTime = 10 * time.Second
+// moveTime is how long the next request to what was on a node that has vanished may take: poolmanager withdraws it after 3 s, and a gateway
+// that has begun to connect to it by then goes on for 1.5 s.
+const moveTime = 5 * time.Second
 
 // other is a node that is not the one of that name.
 func (b *bed) other(name string) *cluster.Node {
