@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -28,6 +29,7 @@ type endpoint struct {
 	address   string
 	transport *relay.Transport // with a pool of connections that is this Instance's alone
 	known     chan struct{}    // closed when start is set
+	dials     dials
 
 	inFlight   int
 	draining   bool // gets no new requests
@@ -78,11 +80,41 @@ func (e *endpoint) dialer(c *Config) func(context.Context) (net.Conn, error) {
 	return func(ctx context.Context) (net.Conn, error) {
 		ctx, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
+		defer e.dials.begin(cancel)()
 		conn, err := dial(ctx, "tcp", address)
 		if err != nil {
 			return nil, &dialError{fmt.Errorf("connect to instance %s: %w", e.id, err)}
 		}
 		return conn, nil
+	}
+}
+
+// dials are the attempts to connect to an endpoint that are under way.
+type dials struct {
+	mu      sync.Mutex // guards cancels
+	cancels map[*context.CancelFunc]struct{}
+}
+
+func (d *dials) begin(cancel context.CancelFunc) (end func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.cancels == nil {
+		d.cancels = map[*context.CancelFunc]struct{}{}
+	}
+	d.cancels[&cancel] = struct{}{}
+	return func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.cancels, &cancel)
+	}
+}
+
+// abandon ends them, so that their requests go elsewhere now.
+func (d *dials) abandon() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for cancel := range d.cancels {
+		(*cancel)()
 	}
 }
 

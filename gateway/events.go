@@ -28,7 +28,9 @@ func (f *function) apply(event *hearthv1.Endpoints, now time.Time) bool {
 		f.see(in)
 	}
 	for _, e := range f.endpoints {
-		e.omitted = !listed[e.key()]
+		if e.omitted = !listed[e.key()]; e.omitted && e.confirmed {
+			e.dials.abandon() // its node may have vanished: nothing would answer until the time for it is over
+		}
 	}
 	f.sweep(now)
 	f.pump(now)

@@ -3,6 +3,7 @@ package gateway_test
 import (
 	"context"
 	"io"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/gateway"
 )
 
 // breaker answers as mirror does, until it is told to break connections off before a byte of an answer.
@@ -281,4 +283,36 @@ func TestThawedInstanceIsBack(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A request that waits for a connection to what has vanished goes elsewhere when its Instance is withdrawn, not when the time to connect is over.
+func TestWithdrawalEndsDials(t *testing.T) {
+	var vanished atomic.Value
+	vanished.Store("")
+	vanish := func(c *gateway.Config) {
+		dial := c.Dial
+		c.DialTime = time.Hour
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if address == vanished.Load() {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			return dial(ctx, network, address)
+		}
+	}
+	timed(t, vanish, func(t *testing.T, w *world) {
+		old, _ := w.instance(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+		next, _ := w.instance(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) { _, _ = rw.Write([]byte("next")) }))
+		w.deploy("f", nil, 0, old)
+		vanished.Store(old.GetAddress())
+		answers := make(chan answer, 1)
+		begun := time.Now()
+		go func() { answers <- w.get("/fn/f") }()
+		synctest.Wait()
+		time.Sleep(time.Second)
+		w.pool.set("f", func(e *hearthv1.Endpoints) { e.Instances = []*hearthv1.Instance{next} })
+		if got := <-answers; got.body != "next" || time.Since(begun) > 2*time.Second {
+			t.Errorf("%d %q after %v", got.status, got.body, time.Since(begun))
+		}
+	})
 }
