@@ -47,10 +47,15 @@ func withCluster(ctx context.Context, o *Options, run func(*cluster) error) (err
 			return fmt.Errorf("make a cluster: %w", err)
 		}
 		defer func() { err = errors.Join(err, end()) }()
-		k.env = []string{"KUBECONFIG=" + kubeconfig}
+		hosts, err := plainHosts(registry)
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(hosts)
+		k.env = []string{"KUBECONFIG=" + kubeconfig, "HEARTH_HOSTS_DIR=" + hosts}
 		o.Registry = registry
 		o.say("installing Hearth on it")
-		if err := k.run(ctx, nil, filepath.Join(o.Bin, "hearth"), "install", "--push", "--registry", registry); err != nil {
+		if err := k.run(ctx, nil, filepath.Join(o.Bin, "hearth"), "install", "--push", "--registry", registry, "--restart-command", "kill $CONTAINERD_PID"); err != nil {
 			return err
 		}
 	}
@@ -62,6 +67,22 @@ func withCluster(ctx context.Context, o *Options, run func(*cluster) error) (err
 	}
 	defer func() { err = errors.Join(err, k.close()) }()
 	return run(k)
+}
+
+// plainHosts is a folder that says of a registry that it speaks plain HTTP, as that of a cluster of this machine does.
+func plainHosts(registry string) (string, error) {
+	dir, err := os.MkdirTemp("", "hearth-hosts-")
+	if err != nil {
+		return "", fmt.Errorf("make a folder for hosts: %w", err)
+	}
+	err = os.Mkdir(filepath.Join(dir, registry), 0o755)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, registry, "hosts.toml"), fmt.Appendf(nil, "server = %q\n", "http://"+registry), 0o644)
+	}
+	if err != nil {
+		return "", errors.Join(fmt.Errorf("write hosts.toml of %s: %w", registry, err), os.RemoveAll(dir))
+	}
+	return dir, nil
 }
 
 // connect finds the API server, and Hearth's gateway.

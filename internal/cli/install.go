@@ -20,7 +20,7 @@ import (
 type installOptions struct {
 	registry, tag, programs string
 	push                    bool
-	dryRun                  string
+	dryRun, restart         string
 	within                  time.Duration
 	access                  registryOptions
 }
@@ -59,6 +59,7 @@ func (a *app) install() *cobra.Command {
 	f.StringVar(&o.programs, "programs", "", "folder of nodeagent, poolmanager and the others, with --push (default: that of hearth itself)")
 	f.StringVar(&o.dryRun, "dry-run", "", "print: write what would be applied as YAML, and apply nothing")
 	f.DurationVar(&o.within, "timeout", 5*time.Minute, "give up waiting for the daemons after this time; they go on to start")
+	f.StringVar(&o.restart, "restart-command", "", "how a node's containerd is restarted where systemd does not keep it: `sh -c`, with CONTAINERD_PID in its environment")
 	o.access.add(f)
 	_ = c.RegisterFlagCompletionFunc("dry-run", cobra.FixedCompletions([]string{"print"}, cobra.ShellCompDirectiveNoFileComp))
 	return c
@@ -97,7 +98,7 @@ func (a *app) runInstall(ctx context.Context, o *installOptions) error {
 	if err != nil {
 		return err
 	}
-	in := cluster.Installation{Images: images, Registry: o.registry}
+	in := cluster.Installation{Images: images, Registry: o.registry, RestartCommand: o.restart}
 	if o.dryRun != "" {
 		text, err := in.YAML()
 		if err != nil {

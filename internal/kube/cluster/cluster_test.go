@@ -532,6 +532,14 @@ func TestYAML(t *testing.T) {
 	}
 }
 
+// TestRestartCommand: it reaches the container that registers nodeagent, and nothing else.
+func TestRestartCommand(t *testing.T) {
+	text, err := cluster.Installation{RestartCommand: "kill $CONTAINERD_PID"}.YAML()
+	if err != nil || strings.Count(string(text), "HEARTH_RESTART_COMMAND") != 1 || !strings.Contains(string(text), "value: kill $CONTAINERD_PID") {
+		t.Errorf("%v; named %d times", err, strings.Count(string(text), "HEARTH_RESTART_COMMAND"))
+	}
+}
+
 func TestNoCluster(t *testing.T) {
 	t.Setenv("KUBECONFIG", "/nowhere")
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")

@@ -31,6 +31,8 @@ type Installation struct {
 	Images map[string]string
 	// Registry for functions' code, noted for all users of the cluster; empty leaves what is noted.
 	Registry string
+	// RestartCommand restarts a node's containerd where systemd does not: `sh -c`, with CONTAINERD_PID in its environment. Empty is systemd.
+	RestartCommand string
 }
 
 // objects are all of the installation, in the order in which they have to be applied.
@@ -41,7 +43,11 @@ func (in Installation) objects() ([]*unstructured.Unstructured, error) {
 	}
 	objects := make([]*unstructured.Unstructured, 0, len(list)+1)
 	for _, o := range list {
-		objects = append(objects, &unstructured.Unstructured{Object: o})
+		u := &unstructured.Unstructured{Object: o}
+		if err := in.restartBy(u); err != nil {
+			return nil, err
+		}
+		objects = append(objects, u)
 	}
 	if in.Registry != "" {
 		config, err := runtime.DefaultUnstructuredConverter.ToUnstructured(configMap(in.Registry))
@@ -55,6 +61,25 @@ func (in Installation) objects() ([]*unstructured.Unstructured, error) {
 		objects = append(objects, u)
 	}
 	return objects, nil
+}
+
+// restartBy has nodeagent's registration restart containerd by the command.
+func (in Installation) restartBy(u *unstructured.Unstructured) error {
+	if in.RestartCommand == "" || u.GetKind() != "DaemonSet" {
+		return nil
+	}
+	path := []string{"spec", "template", "spec", "initContainers"}
+	containers, _, err := unstructured.NestedSlice(u.Object, path...)
+	if err != nil {
+		return fmt.Errorf("init containers of %s: %w", u.GetName(), err)
+	}
+	for _, c := range containers {
+		if c, ok := c.(map[string]any); ok && c["name"] == "register" {
+			env, _ := c["env"].([]any)
+			c["env"] = append(env, map[string]any{"name": "HEARTH_RESTART_COMMAND", "value": in.RestartCommand})
+		}
+	}
+	return unstructured.SetNestedSlice(u.Object, containers, path...)
 }
 
 // YAML is the installation as kubectl applies it.
