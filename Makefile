@@ -32,7 +32,7 @@ test: build tools ## every test, under the race detector; those of the node want
 	go test -race -timeout 20m $(TESTFLAGS) ./test/... ./...
 
 e2e: build tools kubernetes ## tests on a real Kubernetes cluster of two nodes, as root; TESTFLAGS='-run X' narrows it
-	HEARTH_E2E=1 go test -timeout 40m -v $(TESTFLAGS) ./test/cluster ./test/e2e
+	HEARTH_E2E=1 go test -timeout 40m -v $(TESTFLAGS) ./internal/kube ./test/cluster ./test/e2e
 
 cluster: tools kubernetes ## start a Kubernetes cluster on this machine, as root: NODES=N (2), CLUSTER=FOLDER (/tmp/hearth-cluster); docs/CLUSTER.md
 	@go run ./test/cluster/ctl $(if $(CLUSTER),--dir $(CLUSTER)) $(if $(NODES),--nodes $(NODES)) up
