@@ -18,9 +18,6 @@ import (
 	"github.com/hearth-serverless/hearth/pool"
 )
 
-// defaultSize is that of the schema, for an object that was made without it.
-const defaultSize = 3
-
 // stocker is the pool.Manager that keeps what WarmPools ask for.
 type stocker interface {
 	SetWarmSets(sets []pool.WarmSet)
@@ -77,7 +74,7 @@ func (p *Pools) change(what func() bool) {
 	sets := make([]pool.WarmSet, 0, len(p.pools))
 	for _, name := range slices.Sorted(maps.Keys(p.pools)) {
 		w := p.pools[name]
-		sets = append(sets, pool.WarmSet{Runtime: w.Spec.Runtime, PerNode: sizeOf(w), Images: fromWords[string](w.Spec.Images), Covers: func(node string, _ pool.NodeInfo) bool {
+		sets = append(sets, pool.WarmSet{Runtime: w.Spec.Runtime, PerNode: int(w.Spec.Instances()), Images: fromWords[string](w.Spec.Images), Covers: func(node string, _ pool.NodeInfo) bool {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			return covers(w, p.nodes[node])
@@ -112,7 +109,7 @@ func (p *Pools) PoolStatus(name string) (PoolStatus, bool) {
 			waits = slices.AppendSeq(waits, maps.Keys(p.waits[[2]string{name, node}]))
 		}
 	}
-	s.Desired = s.Nodes * sizeOf(w)
+	s.Desired = s.Nodes * int(w.Spec.Instances())
 	p.mu.Unlock()
 	for _, id := range waits {
 		if p.stock.Instance(id).GetState() == hearthv1.State_STATE_WARM {
@@ -123,13 +120,6 @@ func (p *Pools) PoolStatus(name string) (PoolStatus, bool) {
 		s.Error = strings.Join(p.stock.SupplyErrors(w.Spec.Runtime), "; ")
 	}
 	return s, true
-}
-
-func sizeOf(w *crd.WarmPool) int {
-	if w.Spec.Size == nil {
-		return defaultSize
-	}
-	return int(*w.Spec.Size)
 }
 
 // covers says whether a WarmPool's pods may be on a node: its labels are asked for, and its taints are tolerated.
@@ -182,7 +172,7 @@ func (p *Pools) enter(node, runtime, instance string) *crd.WarmPool {
 		if w.Spec.Runtime != runtime || !covers(w, p.nodes[node]) {
 			continue
 		}
-		lacks := sizeOf(w) - len(p.waits[[2]string{w.Name, node}])
+		lacks := int(w.Spec.Instances()) - len(p.waits[[2]string{w.Name, node}])
 		if lacks > 0 && (best == nil || cmp.Or(cmp.Compare(lacks, most), cmp.Compare(best.Name, w.Name)) > 0) {
 			best, most = w, lacks
 		}

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -44,10 +45,13 @@ type records struct {
 	namespace string
 	term      *Term
 	call      func() (context.Context, context.CancelFunc)
+
+	mu   sync.Mutex
+	last map[string]int64 // serials by Function, for when its Revisions have gone before it is deleted here
 }
 
 func newRecords(ctx context.Context, api client.Client, live client.Reader, namespace string, term *Term) *records {
-	return &records{api: api, live: live, namespace: namespace, term: term, call: func() (context.Context, context.CancelFunc) {
+	return &records{api: api, live: live, namespace: namespace, term: term, last: map[string]int64{}, call: func() (context.Context, context.CancelFunc) {
 		return context.WithTimeout(context.WithoutCancel(ctx), storeCall)
 	}}
 }
@@ -93,6 +97,7 @@ func (s *records) Records() ([]store.Record, error) {
 	}
 	all := map[string]store.Record{}
 	for name, n := range serials {
+		s.note(name, n)
 		all[name] = store.Record{Name: name, Serial: n}
 	}
 	for i := range functions.Items {
@@ -129,6 +134,7 @@ func serialOf(r *crd.Revision) int64 {
 // Put implements pool.Store: it makes the Revision if it is a new one, and otherwise notes what its image was resolved to. The Function's own
 // status is its controller's.
 func (s *records) Put(r store.Record) error {
+	s.note(r.Name, r.Serial)
 	ctx, cancel := s.call()
 	defer cancel()
 	var have crd.Revision
@@ -221,11 +227,19 @@ func (s *records) Delete(name string) error {
 	if err := s.api.List(ctx, &all, client.InNamespace(s.namespace), client.MatchingLabels{crd.LabelFunction: name}); err != nil {
 		return fmt.Errorf("list revisions of %s: %w", name, err)
 	}
-	last := int64(0)
+	last := s.note(name, 0)
 	for i := range all.Items {
 		last = max(last, serialOf(&all.Items[i]))
 	}
 	return s.keepSerial(ctx, "function."+name, last)
+}
+
+// note remembers the greatest serial of a name.
+func (s *records) note(name string, serial int64) int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last[name] = max(s.last[name], serial)
+	return s.last[name]
 }
 
 // serials are those of names that were deleted, without a prefix.
