@@ -171,8 +171,11 @@ func TestFrozenInstanceEnds(t *testing.T) {
 				Filter: &cri.PodSandboxFilter{LabelSelector: map[string]string{"hearth.dev/instance": id}},
 			})
 			check(t, err)
-			_, err = n.Pods.StopPodSandbox(t.Context(), &cri.StopPodSandboxRequest{PodSandboxId: boxes.Items[0].Id})
-			check(t, err)
+			// nodeagent hears of its end in the midst of it and stops it as well, so that either may find the other's network half gone.
+			// That it has ended is seen below.
+			if _, err = n.Pods.StopPodSandbox(t.Context(), &cri.StopPodSandboxRequest{PodSandboxId: boxes.Items[0].Id}); err != nil {
+				t.Logf("stop the sandbox: %v", err)
+			}
 		},
 		"thawed": func(t *testing.T, id string) {
 			check(t, os.WriteFile(n.cgroupFile(id, "freezer", "freezer.state", "cgroup.freeze"), thawWord(), 0))
