@@ -190,12 +190,14 @@ func options(workers int) controller.Options {
 		RateLimiter: workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](firstRetry, lastRetry)}
 }
 
-// control is what all controllers have in common: an object is looked at when its spec changes, and, if there is a look, when what
+// control is what all controllers have in common: an object is looked at when it changes, and, if there is a look, when what
 // the pool says of it does.
 func control[S comparable](m manager.Manager, namespace string, object client.Object, workers int, r reconcile.Reconciler, look func(context.Context) (map[string]S, error),
 	more func(*builder.Builder) *builder.Builder) error {
 	changed := make(chan event.GenericEvent)
-	b := builder.ControllerManagedBy(m).For(object, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+	// A status that changed is looked at too, also if it was us: a cache that was behind, as after an outage of the API server, may have
+	// had us take an older one for what is written, and nothing else would tell us.
+	b := builder.ControllerManagedBy(m).For(object, builder.WithPredicates(predicate.ResourceVersionChangedPredicate{})).
 		WithOptions(options(workers)).
 		WatchesRawSource(source.Channel(changed, &handler.EnqueueRequestForObject{}))
 	if more != nil {
