@@ -151,11 +151,15 @@ func (s *kubernetesStarts) hearth(ctx context.Context) error {
 		return err
 	}
 	for _, a := range answers {
-		s.report.Add(s.kase.String(), "hearth", lastByte, "ms", ms(a.last))
 		phases, err := gateway.ParseTiming(a.header.Values("Server-Timing"))
 		if err != nil {
 			return err
 		}
+		if !slices.ContainsFunc(phases, func(p gateway.Phase) bool { return p.Name == "allocate" }) {
+			s.o.say("%s: an Instance of before served still, which is no start and is not counted", s.kase)
+			continue
+		}
+		s.report.Add(s.kase.String(), "hearth", lastByte, "ms", ms(a.last))
 		for _, p := range phases {
 			s.report.Add(s.kase.String(), "hearth", "phase_"+p.Name, "ms", ms(p.Duration))
 		}
