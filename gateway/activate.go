@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -140,7 +141,7 @@ func (f *function) started(in *hearthv1.Instance, s *start) {
 }
 
 // startFailed takes in that an activation gave no Instance. Those who wait go on waiting while there is anything to wait
-// for: another activation, or a slot of an Instance that serves.
+// for: another activation, a slot of an Instance that serves, or word of one that is out of rotation and fills the maximum.
 func (f *function) startFailed(why *refusal, now time.Time) {
 	f.mu.Lock()
 	defer f.unlock()
@@ -153,11 +154,27 @@ func (f *function) startFailed(why *refusal, now time.Time) {
 	if why.retryAfter > 0 {
 		why.retryAfter = max(why.retryAfter, f.retryAt.Sub(now))
 	}
-	if f.starting == 0 && f.lives(now) == 0 {
+	f.full = why.code == codeNoCapacity && f.ailing(now)
+	if f.starting == 0 && f.lives(now) == 0 && !f.full {
 		f.refuseAll(why, now)
 	}
 	if f.waiting.Len() > 0 {
 		f.wake(f)
+	}
+}
+
+// ailing says whether an endpoint is out of rotation that poolmanager still counts: its node may have vanished, of which poolmanager
+// will hear as well.
+func (f *function) ailing(now time.Time) bool {
+	return slices.ContainsFunc(f.endpoints, func(e *endpoint) bool {
+		return now.Before(e.downUntil) && !e.draining && !e.distrusted(now)
+	})
+}
+
+// roomMade has the next activation asked for at once if there was no room for it before.
+func (f *function) roomMade() {
+	if f.full {
+		f.full, f.failures, f.retryAt = false, 0, time.Time{}
 	}
 }
 
@@ -227,7 +244,7 @@ func allocationRefusal(name string, err error) *refusal {
 	case connect.CodeNotFound:
 		return unknownFunction(name)
 	case connect.CodeResourceExhausted:
-		return noInstance("no_capacity", name, message, "try again; raise the function's max, or give the pool more instances", time.Second)
+		return noInstance(codeNoCapacity, name, message, "try again; raise the function's max, or give the pool more instances", time.Second)
 	case connect.CodeInternal, connect.CodeInvalidArgument, connect.CodeFailedPrecondition:
 		return noInstance("start_failed", name, message, "see `hearth logs "+name+"`: the function itself may be at fault", time.Second)
 	case connect.CodeDeadlineExceeded:

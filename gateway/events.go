@@ -33,6 +33,7 @@ func (f *function) apply(event *hearthv1.Endpoints, now time.Time) bool {
 		}
 	}
 	f.sweep(now)
+	f.roomMade()
 	f.pump(now)
 	if f.waiting.Len() > 0 {
 		f.wake(f)

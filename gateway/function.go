@@ -31,6 +31,7 @@ type function struct {
 	starting  int       // activations in flight
 	failures  int       // rounds of activations that failed since one succeeded
 	retryAt   time.Time // no activation before
+	full      bool      // the last one failed for want of room, which Instances take up that are out of rotation
 	alarm     *time.Timer
 	meter     meter
 	reported  bool // the last report had load

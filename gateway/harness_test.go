@@ -34,6 +34,7 @@ type fakePool struct {
 	changed   chan struct{} // closed and replaced at each report
 
 	released  []string
+	keeps     bool // nothing is released
 	allocate  func(ctx context.Context, req *hearthv1.AllocateRequest) (*hearthv1.AllocateResponse, error)
 	allocates atomic.Int64
 }
@@ -96,7 +97,7 @@ func (p *fakePool) Report(_ context.Context, req *hearthv1.ReportRequest) error 
 func (p *fakePool) Release(_ context.Context, req *hearthv1.ReleaseRequest) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.down {
+	if p.down || p.keeps {
 		return errDown
 	}
 	p.released = append(p.released, req.GetInstanceId())

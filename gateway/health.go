@@ -168,6 +168,7 @@ func (f *function) released(e *endpoint, now time.Time) {
 	e.draining = true
 	f.gone.add(e.key())
 	f.sweep(now)
+	f.roomMade()
 	if f.waiting.Len() > 0 {
 		f.wake(f)
 	}

@@ -2,6 +2,7 @@ package gateway_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -12,6 +13,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"connectrpc.com/connect"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/gateway"
@@ -313,6 +316,53 @@ func TestWithdrawalEndsDials(t *testing.T) {
 		w.pool.set("f", func(e *hearthv1.Endpoints) { e.Instances = []*hearthv1.Instance{next} })
 		if got := <-answers; got.body != "next" || time.Since(begun) > 2*time.Second {
 			t.Errorf("%d %q after %v", got.status, got.body, time.Since(begun))
+		}
+	})
+}
+
+// A vanished Instance fills its Function's maximum until poolmanager notices as well. Requests wait for that, and none is refused.
+func TestVanishedInstanceFillsMaximum(t *testing.T) {
+	var vanished atomic.Value
+	vanished.Store("")
+	vanish := func(c *gateway.Config) {
+		dial := c.Dial
+		c.DialTime = time.Second
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if address == vanished.Load() {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			return dial(ctx, network, address)
+		}
+	}
+	timed(t, vanish, func(t *testing.T, w *world) {
+		old, _ := w.instance(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+		next, _ := w.instance(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) { _, _ = rw.Write([]byte("next")) }))
+		var room atomic.Bool
+		w.pool.keeps = true
+		w.pool.allocate = func(context.Context, *hearthv1.AllocateRequest) (*hearthv1.AllocateResponse, error) {
+			if !room.Load() {
+				return nil, connect.NewError(connect.CodeResourceExhausted, errors.New("it has its maximum of 1"))
+			}
+			return allocated(next), nil
+		}
+		w.deploy("f", &hearthv1.Scaling{Max: 1, Concurrency: 10}, 20*time.Second, old)
+		vanished.Store(old.GetAddress())
+		answers := make(chan answer, 4)
+		for range cap(answers) {
+			go func() { answers <- w.get("/fn/f") }()
+		}
+		time.Sleep(5 * time.Second)
+		if n := w.pool.allocates.Load(); n < 2 || len(answers) > 0 {
+			t.Errorf("%d activations, %d answers before there is room", n, len(answers))
+		}
+		room.Store(true)
+		begun := time.Now()
+		w.pool.set("f", func(e *hearthv1.Endpoints) { e.Instances = nil })
+		for range cap(answers) {
+			if got := <-answers; got.body != "next" || time.Since(begun) > 100*time.Millisecond {
+				t.Errorf("%d %q %v after there was room", got.status, got.body, time.Since(begun))
+			}
 		}
 	})
 }

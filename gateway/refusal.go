@@ -11,6 +11,9 @@ import (
 // statusClientGone is nginx's number for a client that left before its answer; it shows in metrics only.
 const statusClientGone = 499
 
+// codeNoCapacity refuses for want of Instances that may be started.
+const codeNoCapacity = "no_capacity"
+
 // refusal is an answer of the gateway itself. It is an error so that it can end an exchange wherever it is.
 type refusal struct {
 	status     int
