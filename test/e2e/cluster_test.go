@@ -34,6 +34,7 @@ func TestE2E(t *testing.T) {
 		{"LeaderKilled", (*bed).testLeaderKilled},
 		{"RollingUpgrade", (*bed).testUpgrade},
 		{"NodeKilled", (*bed).testNodeKilled},
+		{"LeadersNodeKilled", (*bed).testLeadersNodeKilled},
 		{"Observed", (*bed).testObserved},
 		{"Rights", (*bed).testRights},
 		{"DeleteEverything", (*bed).testDelete},

@@ -208,8 +208,23 @@ func (b *bed) testNodeKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	victim := b.other(leader.Spec.NodeName)
-	gateway := b.gatewayOn(t, leader.Spec.NodeName)
+	b.killNode(t, b.other(leader.Spec.NodeName))
+}
+
+// So they do from the node of the poolmanager that leads, whose successor has to notice both.
+func (b *bed) testLeadersNodeKilled(t *testing.T) {
+	b.needsMachines(t)
+	b.settle(t)
+	_, leader, err := b.leader(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.killNode(t, b.cluster.Node(leader.Spec.NodeName))
+}
+
+func (b *bed) killNode(t *testing.T, victim *cluster.Node) {
+	t.Helper()
+	gateway := b.gatewayOn(t, b.other(victim.Name()).Name())
 	objects, _ := b.functions("moved", 8, lasting)
 	b.apply(t, objects...)
 	defer b.remove(t, objects)
@@ -253,8 +268,8 @@ func (b *bed) testNodeKilled(t *testing.T) {
 	b.settle(t)
 }
 
-// moveTime is how long the next request to what was on a node that has vanished may take: poolmanager withdraws it after 3 s, and a gateway
-// that has begun to connect to it by then goes on for 1.5 s.
+// moveTime is how long the next request to what was on a node that has vanished may take. poolmanager withdraws it after some 2 s, which
+// ends attempts to connect to it; if poolmanager has vanished as well, another leads after 3 to 4.
 const moveTime = 5 * time.Second
 
 // other is a node that is not the one of that name.
