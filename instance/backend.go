@@ -143,7 +143,7 @@ type holder struct {
 	ID    string
 	Pid   uint32
 	Pipe  uint64            // inode of the pipe that its output goes to, from where kubectl logs has it
-	Group string            // cgroup of the pod
+	Group string            // its cgroup, below which ours are
 	Etc   map[string][]byte // its files in /etc, by name
 }
 
