@@ -48,7 +48,7 @@ type Engine struct {
 	check   chan struct{}              // asks for a comparison with containerd now
 
 	versions versions
-	starts   starts
+	starts   *starts
 
 	mu        sync.Mutex // guards what follows; taken before an instance's mu, never after it
 	instances map[string]*instance
@@ -95,8 +95,8 @@ func newEngine(cfg Config, b backend, c cgroups, proc string) (*Engine, error) {
 	e := &Engine{
 		cfg: cfg, log: cfg.Logger, backend: b, cgroups: c, proc: proc,
 		jobs: make(chan func(context.Context)), stopped: make(chan struct{}), opened: make(chan struct{}),
-		check:     make(chan struct{}, 1),
-		instances: map[string]*instance{}, pods: map[string]*pod{},
+		check:  make(chan struct{}, 1),
+		starts: newStarts(), instances: map[string]*instance{}, pods: map[string]*pod{},
 	}
 	var err error
 	if e.metrics, err = newMetrics(cfg.Registerer); err == nil {

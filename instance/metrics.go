@@ -96,7 +96,7 @@ func (m *metrics) activated(outcome string, phases []*hearthv1.Phase) {
 	}
 	for _, p := range phases {
 		switch p.Name {
-		case phaseImage, phaseSnapshot, phaseCreate, phaseProcess, phaseThaw, phaseResume, phaseBoot, phaseMount, phaseLoad:
+		case phaseImage, phaseSnapshot, phaseTurn, phaseCreate, phaseProcess, phaseThaw, phaseResume, phaseBoot, phaseMount, phaseLoad:
 			m.phases.WithLabelValues(p.Name).Observe(time.Duration(p.Duration.AsDuration()).Seconds())
 		}
 	}

@@ -30,6 +30,11 @@ func (e *Engine) startInRuntime(ctx context.Context, i *instance, a *activation)
 	i.mu.Lock()
 	b := i.booted
 	i.mu.Unlock()
+	done, err := e.starts.turn(ctx, a.trace)
+	if err != nil {
+		return err
+	}
+	defer done()
 	begin := time.Now()
 	if !cold { // what a Runtime says that is booted for this Function is the Function's
 		if err := e.logs.keep(runtimeLog(b.name), i.id, e.outputOf(i.id)); err != nil {

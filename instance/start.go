@@ -36,6 +36,11 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 	if err != nil {
 		return err
 	}
+	done, err := e.starts.turn(ctx, a.trace)
+	if err != nil {
+		return err
+	}
+	defer done()
 	told, cancel := e.expect(box.Netns, endpoint.Port())
 	defer cancel()
 

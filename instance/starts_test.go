@@ -3,7 +3,9 @@ package instance_test
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -105,5 +107,53 @@ func TestPreparedIsStartedByDigest(t *testing.T) {
 		if p.Name == "image" || p.Name == "snapshot" {
 			t.Errorf("the start waited for its %s", p.Name)
 		}
+	}
+}
+
+// TestStartsTakeTurns: of many starts at once a few go on at a time, but none waits for one that hangs.
+func TestStartsTakeTurns(t *testing.T) {
+	turns := runtime.NumCPU() + 1
+	for took, want := range map[time.Duration]struct {
+		most int
+		last time.Duration
+	}{
+		10 * time.Millisecond: {most: turns, last: 30 * time.Millisecond},
+		time.Minute:           {most: 3 * turns, last: time.Minute + 200*time.Millisecond},
+	} {
+		t.Run(took.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFake(t)
+				e, stop := runUntil(t, f)
+				defer stop()
+				makeMany(t, e, 3*turns)
+				var now, most atomic.Int64
+				f.onLaunch = func(context.Context) error {
+					for n := now.Add(1); ; {
+						if seen := most.Load(); seen >= n || most.CompareAndSwap(seen, n) {
+							break
+						}
+					}
+					time.Sleep(took)
+					now.Add(-1)
+					return nil
+				}
+				begin := time.Now()
+				var all sync.WaitGroup
+				for n := range 3 * turns {
+					all.Go(func() {
+						if _, err := activate(e, name(n), fmt.Sprintf("c-%d", n), 1, 5*time.Minute); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+				all.Wait()
+				if got := int(most.Load()); got != want.most {
+					t.Errorf("%d starts at once, want %d", got, want.most)
+				}
+				if got := time.Since(begin).Truncate(10 * time.Millisecond); got != want.last {
+					t.Errorf("the last after %v, want %v", got, want.last)
+				}
+			})
+		})
 	}
 }

@@ -15,6 +15,7 @@ import (
 const (
 	phaseImage    = "image"    // until the image is known to be here
 	phaseSnapshot = "snapshot" // a root file system that was not prepared ahead
+	phaseTurn     = "turn"     // until others that started at the same time left a core
 	phaseCreate   = "create"   // the container made the Function's, until its process is executed
 	phaseProcess  = "process"  // until it listens
 	phaseThaw     = "thaw"     // a frozen process let go on
