@@ -135,6 +135,8 @@ type instanceNode struct {
 	cgroup    string
 	netns     map[string]bool // those that were there before
 	strayAge  time.Duration   // of network namespaces that are nobody's; 0 is the engine's
+	prefetch  instance.Prefetcher
+	layers    string // folder of the snapshotter's layers
 
 	engine *instance.Engine
 	calls  hearthv1connect.NodeServiceClient
@@ -157,6 +159,7 @@ func newInstanceNode(t *testing.T) *instanceNode {
 		t.Fatal(err)
 	}
 	root := t.TempDir()
+	n.layers = filepath.Join(root, "layers")
 	n.snapshots, err = snapshotter.New(snapshotter.Config{Root: root, Registry: client, Layers: unpacker, Logger: n.log})
 	if err != nil {
 		t.Fatal(err)
@@ -211,6 +214,7 @@ func (n *instanceNode) startEngine() {
 	n.engine, err = instance.New(instance.Config{
 		Node: "node-1", Root: filepath.Join(n.Dir, "node"), Address: n.Socket, CgroupParent: n.cgroup,
 		Launcher: n.launcher, Sidecar: n.sidecar, Kubelet: n.kubelet, NetworkDir: networks, NetworkAge: n.strayAge, Listens: listens, Logger: n.log,
+		Prefetch: n.prefetch,
 	})
 	if err != nil {
 		n.t.Fatal(err)
