@@ -67,7 +67,7 @@ func (c *Client) image(ctx context.Context, ref string, dgst digest.Digest) (*Im
 	if err != nil {
 		return nil, err
 	}
-	data, err := repo.blob(ctx, m.config)
+	data, err := repo.blob(ctx, m.config, maxConfigBytes)
 	if err != nil {
 		return nil, fmt.Errorf("config: %w", err)
 	}
@@ -124,11 +124,11 @@ func (r *repository) document(ctx context.Context, tag string, want ocispec.Desc
 }
 
 // blob reads a small blob, such as a config, as a whole.
-func (r *repository) blob(ctx context.Context, want ocispec.Descriptor) ([]byte, error) {
-	if want.Size > maxConfigBytes {
-		return nil, fmt.Errorf("%s has %d bytes, more than %d: %w", want.Digest, want.Size, maxConfigBytes, ErrSize)
+func (r *repository) blob(ctx context.Context, want ocispec.Descriptor, limit int64) ([]byte, error) {
+	if want.Size > limit {
+		return nil, fmt.Errorf("%s has %d bytes, more than %d: %w", want.Digest, want.Size, limit, ErrSize)
 	}
-	data, _, err := r.small(ctx, "blobs", want.Digest.String(), want, maxConfigBytes, docker.HostCapabilityPull, nil)
+	data, _, err := r.small(ctx, "blobs", want.Digest.String(), want, limit, docker.HostCapabilityPull, nil)
 	return data, err
 }
 
