@@ -7,7 +7,6 @@ import (
 	"errors"
 	"net/http"
 	"os"
-	"path/filepath"
 	"runtime/debug"
 
 	"connectrpc.com/connect"
@@ -24,7 +23,6 @@ import (
 	"github.com/hearth-serverless/hearth/internal/pki"
 	"github.com/hearth-serverless/hearth/internal/register"
 	"github.com/hearth-serverless/hearth/layer"
-	"github.com/hearth-serverless/hearth/prefetch"
 	"github.com/hearth-serverless/hearth/registry"
 	"github.com/hearth-serverless/hearth/snapshotter"
 )
@@ -76,13 +74,9 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	if err != nil {
 		return err
 	}
-	ahead, err := prefetch.New(prefetch.Config{Root: filepath.Join(o.root, "profiles"), Logger: rt.Log, Registerer: rt.Registry})
-	if err != nil {
-		return errors.Join(err, snaps.Close())
-	}
 	config := o.engine
 	config.Node, config.Root, config.Address, config.CgroupParent = o.node, o.root, o.containerd, o.cgroup
-	config.Credentials, config.Fetch, config.Prefetch = blobs.Credentials, snaps.Fetch, ahead
+	config.Credentials, config.Fetch = blobs.Credentials, snaps.Fetch
 	config.Phases = func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) }
 	config.Logger, config.Registerer = rt.Log, rt.Registry
 	group, ctx := errgroup.WithContext(ctx)
