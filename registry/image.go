@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -28,6 +29,15 @@ type Image struct {
 	MediaType string        // of the manifest
 	Size      int64         // of the manifest
 	Layers    []Layer       // lowest first
+}
+
+// ChainID names what the layers are together when they are unpacked (OCI image specification): the same for every image that has them.
+func (i *Image) ChainID() digest.Digest {
+	diffIDs := make([]digest.Digest, len(i.Layers))
+	for n, l := range i.Layers {
+		diffIDs[n] = l.DiffID
+	}
+	return identity.ChainID(diffIDs)
 }
 
 // Layer is a blob of an image. MediaType tells the compression, or is trusted no

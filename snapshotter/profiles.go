@@ -28,7 +28,9 @@ type beside struct {
 	cancels map[int]context.CancelFunc
 }
 
-func newBeside(p Profiles) *beside { return &beside{profiles: p, cancels: map[int]context.CancelFunc{}} }
+func newBeside(p Profiles) *beside {
+	return &beside{profiles: p, cancels: map[int]context.CancelFunc{}}
+}
 
 // do has f run beside a pull, unless nobody knows profiles. ctx lends it its values, not its end.
 func (b *beside) do(ctx context.Context, within time.Duration, f func(ctx context.Context)) {

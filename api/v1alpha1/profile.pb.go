@@ -370,13 +370,10 @@ func (*GetCacheUsageRequest) Descriptor() ([]byte, []int) {
 }
 
 type GetCacheUsageResponse struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	Images []*CacheUsage          `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
-	// Kept_bytes are kept in memory because many images need them, of at most kept_limit_bytes.
-	KeptBytes      int64 `protobuf:"varint,2,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`
-	KeptLimitBytes int64 `protobuf:"varint,3,opt,name=kept_limit_bytes,json=keptLimitBytes,proto3" json:"kept_limit_bytes,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*CacheUsage          `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetCacheUsageResponse) Reset() {
@@ -416,34 +413,21 @@ func (x *GetCacheUsageResponse) GetImages() []*CacheUsage {
 	return nil
 }
 
-func (x *GetCacheUsageResponse) GetKeptBytes() int64 {
-	if x != nil {
-		return x.KeptBytes
-	}
-	return 0
-}
-
-func (x *GetCacheUsageResponse) GetKeptLimitBytes() int64 {
-	if x != nil {
-		return x.KeptLimitBytes
-	}
-	return 0
-}
-
 // CacheUsage is what reading ahead was worth for an image.
 type CacheUsage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Image by a reference that the node knows; empty if it knows none any more.
 	Image   string `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
 	ChainId string `protobuf:"bytes,2,opt,name=chain_id,json=chainId,proto3" json:"chain_id,omitempty"`
-	// Replays is how often something was read ahead.
-	Replays int64 `protobuf:"varint,3,opt,name=replays,proto3" json:"replays,omitempty"`
-	// Hit_bytes were in memory already, ahead_bytes were read ahead; of those used_bytes were needed by the start, and vain_bytes were not.
+	// Starts that the profile is made of.
+	Starts int32 `protobuf:"varint,3,opt,name=starts,proto3" json:"starts,omitempty"`
+	// Hit_bytes were in memory already, ahead_bytes were read ahead; of those used_bytes were needed by starts that were recorded, and
+	// vain_bytes were not. Of other starts nobody knows.
 	HitBytes   int64 `protobuf:"varint,4,opt,name=hit_bytes,json=hitBytes,proto3" json:"hit_bytes,omitempty"`
 	AheadBytes int64 `protobuf:"varint,5,opt,name=ahead_bytes,json=aheadBytes,proto3" json:"ahead_bytes,omitempty"`
 	UsedBytes  int64 `protobuf:"varint,6,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
 	VainBytes  int64 `protobuf:"varint,7,opt,name=vain_bytes,json=vainBytes,proto3" json:"vain_bytes,omitempty"`
-	// Kept_bytes of it are kept in memory.
+	// Kept_bytes are kept in memory, because several images need them.
 	KeptBytes int64 `protobuf:"varint,8,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`
 	// Time that reading ahead took.
 	Time          *durationpb.Duration `protobuf:"bytes,9,opt,name=time,proto3" json:"time,omitempty"`
@@ -495,9 +479,9 @@ func (x *CacheUsage) GetChainId() string {
 	return ""
 }
 
-func (x *CacheUsage) GetReplays() int64 {
+func (x *CacheUsage) GetStarts() int32 {
 	if x != nil {
-		return x.Replays
+		return x.Starts
 	}
 	return 0
 }
@@ -573,17 +557,14 @@ const file_hearth_v1alpha1_profile_proto_rawDesc = "" +
 	"\x05image\x18\x01 \x01(\tR\x05image\"M\n" +
 	"\x12GetProfileResponse\x127\n" +
 	"\aprofile\x18\x01 \x01(\v2\x1d.hearth.v1alpha1.ImageProfileR\aprofile\"\x16\n" +
-	"\x14GetCacheUsageRequest\"\x95\x01\n" +
+	"\x14GetCacheUsageRequest\"L\n" +
 	"\x15GetCacheUsageResponse\x123\n" +
-	"\x06images\x18\x01 \x03(\v2\x1b.hearth.v1alpha1.CacheUsageR\x06images\x12\x1d\n" +
-	"\n" +
-	"kept_bytes\x18\x02 \x01(\x03R\tkeptBytes\x12(\n" +
-	"\x10kept_limit_bytes\x18\x03 \x01(\x03R\x0ekeptLimitBytes\"\xa1\x02\n" +
+	"\x06images\x18\x01 \x03(\v2\x1b.hearth.v1alpha1.CacheUsageR\x06images\"\x9f\x02\n" +
 	"\n" +
 	"CacheUsage\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x19\n" +
-	"\bchain_id\x18\x02 \x01(\tR\achainId\x12\x18\n" +
-	"\areplays\x18\x03 \x01(\x03R\areplays\x12\x1b\n" +
+	"\bchain_id\x18\x02 \x01(\tR\achainId\x12\x16\n" +
+	"\x06starts\x18\x03 \x01(\x05R\x06starts\x12\x1b\n" +
 	"\thit_bytes\x18\x04 \x01(\x03R\bhitBytes\x12\x1f\n" +
 	"\vahead_bytes\x18\x05 \x01(\x03R\n" +
 	"aheadBytes\x12\x1d\n" +
