@@ -370,8 +370,10 @@ func (*GetCacheUsageRequest) Descriptor() ([]byte, []int) {
 }
 
 type GetCacheUsageResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Images        []*CacheUsage          `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Images []*CacheUsage          `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	// Kept_bytes are kept in memory, because several images need them.
+	KeptBytes     int64 `protobuf:"varint,2,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -413,6 +415,13 @@ func (x *GetCacheUsageResponse) GetImages() []*CacheUsage {
 	return nil
 }
 
+func (x *GetCacheUsageResponse) GetKeptBytes() int64 {
+	if x != nil {
+		return x.KeptBytes
+	}
+	return 0
+}
+
 // CacheUsage is what reading ahead was worth for an image.
 type CacheUsage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -427,10 +436,8 @@ type CacheUsage struct {
 	AheadBytes int64 `protobuf:"varint,5,opt,name=ahead_bytes,json=aheadBytes,proto3" json:"ahead_bytes,omitempty"`
 	UsedBytes  int64 `protobuf:"varint,6,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
 	VainBytes  int64 `protobuf:"varint,7,opt,name=vain_bytes,json=vainBytes,proto3" json:"vain_bytes,omitempty"`
-	// Kept_bytes are kept in memory, because several images need them.
-	KeptBytes int64 `protobuf:"varint,8,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`
 	// Time that reading ahead took.
-	Time          *durationpb.Duration `protobuf:"bytes,9,opt,name=time,proto3" json:"time,omitempty"`
+	Time          *durationpb.Duration `protobuf:"bytes,8,opt,name=time,proto3" json:"time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -514,13 +521,6 @@ func (x *CacheUsage) GetVainBytes() int64 {
 	return 0
 }
 
-func (x *CacheUsage) GetKeptBytes() int64 {
-	if x != nil {
-		return x.KeptBytes
-	}
-	return 0
-}
-
 func (x *CacheUsage) GetTime() *durationpb.Duration {
 	if x != nil {
 		return x.Time
@@ -557,9 +557,11 @@ const file_hearth_v1alpha1_profile_proto_rawDesc = "" +
 	"\x05image\x18\x01 \x01(\tR\x05image\"M\n" +
 	"\x12GetProfileResponse\x127\n" +
 	"\aprofile\x18\x01 \x01(\v2\x1d.hearth.v1alpha1.ImageProfileR\aprofile\"\x16\n" +
-	"\x14GetCacheUsageRequest\"L\n" +
+	"\x14GetCacheUsageRequest\"k\n" +
 	"\x15GetCacheUsageResponse\x123\n" +
-	"\x06images\x18\x01 \x03(\v2\x1b.hearth.v1alpha1.CacheUsageR\x06images\"\x9f\x02\n" +
+	"\x06images\x18\x01 \x03(\v2\x1b.hearth.v1alpha1.CacheUsageR\x06images\x12\x1d\n" +
+	"\n" +
+	"kept_bytes\x18\x02 \x01(\x03R\tkeptBytes\"\x80\x02\n" +
 	"\n" +
 	"CacheUsage\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x19\n" +
@@ -571,10 +573,8 @@ const file_hearth_v1alpha1_profile_proto_rawDesc = "" +
 	"\n" +
 	"used_bytes\x18\x06 \x01(\x03R\tusedBytes\x12\x1d\n" +
 	"\n" +
-	"vain_bytes\x18\a \x01(\x03R\tvainBytes\x12\x1d\n" +
-	"\n" +
-	"kept_bytes\x18\b \x01(\x03R\tkeptBytes\x12-\n" +
-	"\x04time\x18\t \x01(\v2\x19.google.protobuf.DurationR\x04time2\xa6\x02\n" +
+	"vain_bytes\x18\a \x01(\x03R\tvainBytes\x12-\n" +
+	"\x04time\x18\b \x01(\v2\x19.google.protobuf.DurationR\x04time2\xa6\x02\n" +
 	"\x0eProfileService\x12]\n" +
 	"\fProfileImage\x12$.hearth.v1alpha1.ProfileImageRequest\x1a%.hearth.v1alpha1.ProfileImageResponse0\x01\x12U\n" +
 	"\n" +

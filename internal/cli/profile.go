@@ -369,7 +369,8 @@ func (a *app) printProfile(p *profileJSON) error {
 }
 
 const cacheLong = `Shows what reading ahead was worth on this node since nodeagent's start, for each image: how much of what its profile names was in memory
-already (hits), how much was read ahead, and of that, as far as starts were recorded, what they needed and what was in vain.`
+already (hits), how much was read ahead, and of that, as far as starts were recorded, what they needed and what was in vain; and the time
+that it took, beside the starts. Below is how much is kept in memory because several images need it (nodeagent's --prefetch-keep).`
 
 func (a *app) nodeCache() *cobra.Command {
 	var out format
@@ -384,16 +385,19 @@ func (a *app) nodeCache() *cobra.Command {
 				return a.explainProfile(err, "show the node's cache", "")
 			}
 			if out == formatJSON {
-				return a.printJSON(messages(resp.Msg.GetImages()))
+				return a.printJSON(message(resp.Msg))
 			}
-			rows := [][]string{{"IMAGE", "STARTS", "HITS", "READ AHEAD", "USED", "IN VAIN", "KEPT", "TIME"}}
+			rows := [][]string{{"IMAGE", "STARTS", "HITS", "READ AHEAD", "USED", "IN VAIN", "TIME"}}
 			for _, u := range resp.Msg.GetImages() {
 				rows = append(rows, []string{
 					cmp.Or(u.GetImage(), shortDigest(u.GetChainId())), strconv.Itoa(int(u.GetStarts())), megabytes(u.GetHitBytes()), megabytes(u.GetAheadBytes()),
-					megabytes(u.GetUsedBytes()), megabytes(u.GetVainBytes()), megabytes(u.GetKeptBytes()), u.GetTime().AsDuration().Round(time.Millisecond).String(),
+					megabytes(u.GetUsedBytes()), megabytes(u.GetVainBytes()), u.GetTime().AsDuration().Round(time.Millisecond).String(),
 				})
 			}
-			return a.table(rows)
+			if err := a.table(rows); err != nil {
+				return err
+			}
+			return a.printf("\n%s kept in memory, because several images need them\n", megabytes(resp.Msg.GetKeptBytes()))
 		},
 	}
 	node.add(c.Flags())
