@@ -69,10 +69,10 @@ type known struct {
 
 	starts    float64 // that begun; each hour they count half
 	counted   time.Time
-	recording bool    // a start of it
-	checked   bool    // a ripe profile was compared with a start
-	since     int     // starts since the last one that was recorded
-	wanted    *wanted // a recording that somebody waits for
+	recording bool     // a start of it
+	checked   bool     // a ripe profile was compared with a start
+	since     int      // starts since the last one that was recorded
+	awaited   *awaited // a recording that somebody waits for
 
 	replaying bool
 	report    *report // of the last replay, until a recorded start takes it

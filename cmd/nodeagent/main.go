@@ -128,6 +128,7 @@ func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*s
 	})
 	o.ahead.Root, o.ahead.Logger, o.ahead.Registerer = filepath.Join(o.root, "profiles"), rt.Log, rt.Registry
 	o.ahead.Short = func() (bool, error) { return host.ShortOfMemory("/proc", o.engine.MemoryPressure) }
+	o.ahead.Trace(rt.Log)
 	o.share.Registry, o.share.Node, o.share.Logger = blobs, o.node, rt.Log
 	share, ahead, aheadErr := profiles.Open(o.share, o.ahead)
 	layers, layersErr := layer.New(layer.Config{Limits: o.limits, MemoryBytes: unpacked, Lent: limit, Logger: rt.Log, Registerer: rt.Registry})

@@ -6,8 +6,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// wanted is a recording that somebody waits for.
-type wanted struct {
+// awaited is a recording that somebody waits for.
+type awaited struct {
 	learnt chan error
 	starts int // that were known before
 }
@@ -28,24 +28,24 @@ func (f *Prefetcher) Record(image digest.Digest) (learnt <-chan error, err error
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	k := f.of(image)
-	if k.wanted != nil {
-		k.wanted.learnt <- errAnother
+	if k.awaited != nil {
+		k.awaited.learnt <- errAnother
 	}
-	k.wanted = &wanted{learnt: make(chan error, 1), starts: k.usage.Starts}
-	return k.wanted.learnt, nil
+	k.awaited = &awaited{learnt: make(chan error, 1), starts: k.usage.Starts}
+	return k.awaited.learnt, nil
 }
 
 // tell says how the recording that has ended went; mu of the Prefetcher must be held.
 func (k *known) tell() {
-	if k.wanted == nil {
+	if k.awaited == nil {
 		return
 	}
 	var err error
-	if k.usage.Starts <= k.wanted.starts {
+	if k.usage.Starts <= k.awaited.starts {
 		err = errNothing
 	}
-	k.wanted.learnt <- err
-	k.wanted = nil
+	k.awaited.learnt <- err
+	k.awaited = nil
 }
 
 // keeps notes how many bytes are kept in memory.
