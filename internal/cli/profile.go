@@ -28,6 +28,9 @@ import (
 // builtOn is the node of a profile that was made on purpose.
 const builtOn = "build"
 
+// sizesTime bounds what is asked of a registry for sizes alone.
+const sizesTime = 5 * time.Second
+
 // nodeOptions say which nodeagent is meant.
 type nodeOptions struct{ socket string }
 
@@ -77,6 +80,9 @@ func (a *app) profileImage() *cobra.Command {
 		Use:         "profile REF", Short: "Learn what an image's starts read, for all nodes", Long: profileLong, Example: profileExample,
 		Args: takes(1, 1, "the image's REF"),
 		RunE: func(c *cobra.Command, args []string) error {
+			if req.GetStarts() < 1 {
+				return usagef("--starts %d: one at least", req.GetStarts())
+			}
 			client, err := o.client()
 			if err != nil {
 				return err
@@ -263,9 +269,11 @@ func (a *app) findProfile(ctx context.Context, client *registry.Client, node nod
 		if err != nil {
 			return nil, a.explainProfile(err, "show profile of "+ref, fmt.Sprintf("start a function of it here, or `hearth image profile %s`", ref))
 		}
-		img, err := client.Image(ctx, ref, "") // for the sizes only
+		ctx, cancel := context.WithTimeout(ctx, sizesTime)
+		defer cancel()
+		img, err := client.Image(ctx, ref, "")
 		if err != nil {
-			img = nil
+			img = nil // it was for the sizes only
 		}
 		return describe(ref, img, resp.Msg.GetProfile().GetEncoded(), profileJSON{From: "node"})
 	}

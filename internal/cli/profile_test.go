@@ -86,6 +86,7 @@ func TestProfile(t *testing.T) {
 	f.want(t, 1, "has no profile in its registry; `hearth image profile "+ref, "image", "show-profile", ref)
 	f.want(t, 4, "start a function of it here", "image", "show-profile", ref, "--node")
 	f.want(t, 1, "no BPF; nodeagent's log says", "image", "profile", ref)
+	f.want(t, 2, "one at least", "image", "profile", ref, "--starts", "0")
 	f.profile = learnt(t, img)
 	f.want(t, 0, "it stays on this node", "image", "profile", ref, "--no-push", "--starts", "2", "--request", "/ready", "-e", "A=b")
 	want := "image:\"" + ref + "\" starts:2 port:8080 request_path:\"/ready\" env:{key:\"A\" value:\"b\"}"

@@ -46,6 +46,8 @@ type Config struct {
 	// is known.
 	Named  func(chainID digest.Digest) (ref string, dgst digest.Digest, ok bool)
 	Logger *slog.Logger // nil: none
+
+	unused bool // nobody wants to know what starts read
 }
 
 // Flags defines the flags of what people may want to set.
@@ -81,6 +83,7 @@ func New(cfg Config) *Sharer {
 
 // Open opens the node's profiles, and makes the Sharer that is their hook.
 func Open(cfg Config, ahead prefetch.Config) (*Sharer, *prefetch.Prefetcher, error) {
+	cfg.unused = ahead.Mode != "" && ahead.Mode != prefetch.ModeProfile
 	s := New(cfg)
 	ahead.Learned = s.Ripe
 	known, err := prefetch.New(ahead)
@@ -90,6 +93,9 @@ func Open(cfg Config, ahead prefetch.Config) (*Sharer, *prefetch.Prefetcher, err
 
 // Needed implements snapshotter.Profiles: it tells what a profile that is known says, and learns what is beside the image if none is.
 func (s *Sharer) Needed(ctx context.Context, img *registry.Image) []digest.Digest {
+	if s.cfg.unused {
+		return nil
+	}
 	chain := img.ChainID()
 	s.remember(chain, img)
 	if known := s.known(chain); known != nil && known.Starts >= prefetch.Ripe {

@@ -206,6 +206,21 @@ func TestNobodyIsAskedTwice(t *testing.T) {
 	})
 }
 
+// TestNobodyIsAskedForNothing has a node that reads nothing ahead, or everything.
+func TestNobodyIsAskedForNothing(t *testing.T) {
+	for mode, want := range map[prefetch.Mode]int{prefetch.ModeNone: 0, prefetch.ModeWhole: 0, prefetch.ModeProfile: 1, "": 1} {
+		r := newShelf()
+		img, _ := imageOf("reg.example/app:1", "base")
+		s, _, err := profiles.Open(profiles.Config{Registry: r, Node: "one"}, prefetch.Config{Root: t.TempDir(), Mode: mode})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.Needed(t.Context(), img); r.asked != want {
+			t.Errorf("mode %q: asked %d times", mode, r.asked)
+		}
+	}
+}
+
 // TestUselessProfiles are left where they are.
 func TestUselessProfiles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
