@@ -48,10 +48,15 @@ func (e *Engine) create(ctx context.Context, req *hearthv1.CreateInstanceRequest
 	if !known {
 		e.beginCreation(i, rt)
 	}
+	return e.awaitWarm(ctx, i)
+}
+
+// awaitWarm waits until an Instance is made, and describes it.
+func (e *Engine) awaitWarm(ctx context.Context, i *instance) (*hearthv1.Instance, error) {
 	select {
 	case <-i.warm:
 	case <-ctx.Done():
-		return nil, fmt.Errorf("create instance %s: %w", id, ctx.Err())
+		return nil, fmt.Errorf("create instance %s: %w", i.id, ctx.Err())
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -59,7 +64,7 @@ func (e *Engine) create(ctx context.Context, req *hearthv1.CreateInstanceRequest
 		return nil, i.failure
 	}
 	if i.state >= hearthv1.State_STATE_DRAINING {
-		return nil, fmt.Errorf("instance %s is being discarded: %w", id, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("instance %s is being discarded: %w", i.id, errdefs.ErrFailedPrecondition)
 	}
 	return i.proto(e.cfg.Node), nil
 }

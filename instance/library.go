@@ -4,10 +4,12 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 )
 
 // pullTime bounds a pull, whoever waits for it.
@@ -78,6 +80,23 @@ func (l *library) remember(img *image) {
 		clear(l.known)
 	}
 	l.known[img.Ref] = img
+}
+
+// named finds a reference and the digest that it stands for, of an image with these layers. Where there are several, it prefers a name
+// that says more than the digest.
+func (l *library) named(chainID string) (ref string, dgst digest.Digest, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, img := range l.known {
+		if img.ChainID != chainID {
+			continue
+		}
+		byDigest, before := strings.Contains(img.Ref, "@"), strings.Contains(ref, "@")
+		if !ok || before && !byDigest || before == byDigest && img.Ref < ref {
+			ref, dgst, ok = img.Ref, img.Digest, true
+		}
+	}
+	return ref, dgst, ok
 }
 
 func (l *library) forget(ref string) {

@@ -26,6 +26,7 @@ type instance struct {
 	readyOnce sync.Once
 
 	mu       sync.Mutex
+	trial    bool // the node's own: nobody is told of it
 	state    hearthv1.State
 	version  int64 // of what was told last
 	created  time.Time
@@ -143,7 +144,9 @@ func (e *Engine) advance(i *instance, to hearthv1.State) bool {
 	e.log.Info("instance moved", "instance", i.id, "from", i.state.String(), "to", to.String(),
 		"function", i.revision.GetFunction(), "claim", i.claim.GetId())
 	i.state, i.version = to, e.versions.next()
-	e.hub.publish(i.proto(e.cfg.Node))
+	if !i.trial {
+		e.hub.publish(i.proto(e.cfg.Node))
+	}
 	return true
 }
 

@@ -182,7 +182,7 @@ func (k *keeper) letGo() {
 		kept.letGo()
 	}
 	clear(k.kept)
-	k.f.metrics.kept.Set(0)
+	k.f.keeps(0)
 }
 
 // keep keeps what is listed and nothing else. A file that has gone, with its image, is let go of.
@@ -206,7 +206,7 @@ func (k *keeper) keep(ctx context.Context, list []*shared) {
 			delete(k.kept, key)
 		}
 	}
-	k.f.metrics.kept.Set(float64(sum))
+	k.f.keeps(sum)
 }
 
 // keepOne keeps one file, or goes on keeping it. It is nil if the file is not there.

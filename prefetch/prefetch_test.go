@@ -109,6 +109,7 @@ func usage(t *testing.T, f *prefetch.Prefetcher, image prefetch.Image) prefetch.
 	t.Helper()
 	for _, u := range f.Usage() {
 		if u.Image == image.ChainID {
+			u.Took = 0 // it takes as long as it takes
 			return u
 		}
 	}

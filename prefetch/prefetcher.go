@@ -55,7 +55,8 @@ type Prefetcher struct {
 
 	mu        sync.Mutex // guards what follows
 	known     map[digest.Digest]*known
-	recording int // under way
+	recording int   // under way
+	kept      int64 // bytes
 }
 
 // known is what is remembered of an image since this Prefetcher was made.
@@ -68,9 +69,10 @@ type known struct {
 
 	starts    float64 // that begun; each hour they count half
 	counted   time.Time
-	recording bool // a start of it
-	checked   bool // a ripe profile was compared with a start
-	since     int  // starts since the last one that was recorded
+	recording bool     // a start of it
+	checked   bool     // a ripe profile was compared with a start
+	since     int      // starts since the last one that was recorded
+	awaited   *awaited // a recording that somebody waits for
 
 	replaying bool
 	report    *report // of the last replay, until a recorded start takes it
@@ -85,6 +87,7 @@ type Usage struct {
 	Ahead  int64 // read ahead
 	// Used and InVain are parts of Ahead: what starts that were recorded have needed, and what not. Of other starts nobody knows.
 	Used, InVain int64
+	Took         time.Duration // reading ahead, or finding that all is in memory
 }
 
 // New opens the folder of profiles.
@@ -253,6 +256,7 @@ func (f *Prefetcher) Replay(ctx context.Context, image Image) {
 	k.replaying = false
 	k.usage.Hits += hits
 	k.usage.Ahead += ahead
+	k.usage.Took += took
 	f.mu.Unlock()
 	f.cfg.Logger.Debug("read ahead", "image", image.ChainID, "bytes", ahead, "in_memory", hits, "took", took)
 }

@@ -66,7 +66,7 @@ func (f *Prefetcher) due(image Image) bool {
 	k.count(time.Now())
 	k.since++
 	ripe := p != nil && p.Starts >= Ripe && k.checked
-	if f.cfg.Tracer == nil || k.recording || f.recording >= maxRecordings || ripe && k.since < recordEvery {
+	if f.cfg.Tracer == nil || k.recording || f.recording >= maxRecordings || ripe && k.since < recordEvery && k.awaited == nil {
 		return false
 	}
 	f.recording++
@@ -79,7 +79,9 @@ func (f *Prefetcher) ended(image Image) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.recording--
-	f.of(image.ChainID).recording = false
+	k := f.of(image.ChainID)
+	k.recording = false
+	k.tell()
 }
 
 // failed says once that starts cannot be recorded.

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 func FuzzManifest(f *testing.F) {
@@ -167,6 +168,23 @@ func FuzzNextPage(f *testing.F) {
 	f.Fuzz(func(t *testing.T, link string) {
 		if q := nextPage([]string{link}); q != nil && len(link) > maxLinkBytes {
 			t.Fatalf("follows a link of %d bytes", len(link))
+		}
+	})
+}
+
+func FuzzProfileArtifact(f *testing.F) {
+	const d = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+	f.Add([]byte(`{"subject":{"digest":"`+d+`"},"annotations":{"org.opencontainers.image.created":"2026-01-01T00:00:00Z","dev.hearth.profile.starts":"3"},`+
+		`"layers":[{"mediaType":"`+profileType+`","digest":"`+d+`","size":1}]}`), "2026-01-01T00:00:00Z")
+	f.Add([]byte(`{"subject":{},"layers":[{"size":-1}]}`), "9999-12-31T23:59:59Z")
+	f.Fuzz(func(t *testing.T, data []byte, created string) {
+		p, blob, ok := parseProfile(data, d)
+		if ok && (blob.Digest.Validate() != nil || blob.Size <= 0 || blob.Size > MaxProfileBytes || p.Starts <= 0 || len(p.Node) > 253) {
+			t.Fatalf("accepted %+v in %+v", p, blob)
+		}
+		list := []ocispec.Descriptor{{Digest: "1"}, {Digest: "2", Annotations: map[string]string{ocispec.AnnotationCreated: created}}}
+		if newestFirst(list, time.Unix(0, 0)); len(list) != 2 || list[0].Digest == list[1].Digest {
+			t.Fatalf("%q: sorted to %+v", created, list)
 		}
 	})
 }

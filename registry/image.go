@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -28,6 +29,15 @@ type Image struct {
 	MediaType string        // of the manifest
 	Size      int64         // of the manifest
 	Layers    []Layer       // lowest first
+}
+
+// ChainID names what the layers are together when they are unpacked (OCI image specification): the same for every image that has them.
+func (i *Image) ChainID() digest.Digest {
+	diffIDs := make([]digest.Digest, len(i.Layers))
+	for n, l := range i.Layers {
+		diffIDs[n] = l.DiffID
+	}
+	return identity.ChainID(diffIDs)
 }
 
 // Layer is a blob of an image. MediaType tells the compression, or is trusted no
@@ -67,7 +77,7 @@ func (c *Client) image(ctx context.Context, ref string, dgst digest.Digest) (*Im
 	if err != nil {
 		return nil, err
 	}
-	data, err := repo.blob(ctx, m.config)
+	data, err := repo.blob(ctx, m.config, maxConfigBytes)
 	if err != nil {
 		return nil, fmt.Errorf("config: %w", err)
 	}
@@ -124,11 +134,11 @@ func (r *repository) document(ctx context.Context, tag string, want ocispec.Desc
 }
 
 // blob reads a small blob, such as a config, as a whole.
-func (r *repository) blob(ctx context.Context, want ocispec.Descriptor) ([]byte, error) {
-	if want.Size > maxConfigBytes {
-		return nil, fmt.Errorf("%s has %d bytes, more than %d: %w", want.Digest, want.Size, maxConfigBytes, ErrSize)
+func (r *repository) blob(ctx context.Context, want ocispec.Descriptor, limit int64) ([]byte, error) {
+	if want.Size > limit {
+		return nil, fmt.Errorf("%s has %d bytes, more than %d: %w", want.Digest, want.Size, limit, ErrSize)
 	}
-	data, _, err := r.small(ctx, "blobs", want.Digest.String(), want, maxConfigBytes, docker.HostCapabilityPull, nil)
+	data, _, err := r.small(ctx, "blobs", want.Digest.String(), want, limit, docker.HostCapabilityPull, nil)
 	return data, err
 }
 

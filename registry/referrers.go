@@ -5,11 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
@@ -18,17 +20,71 @@ import (
 )
 
 const (
-	// maxReferrers bounds the referrers of one type that are looked at, and maxReferrerPages the pages on which they are looked for.
-	maxReferrers     = 16
+	// maxReferrerPages bounds the pages on which referrers of a type are looked for.
 	maxReferrerPages = 32
 	// maxLinkBytes is longer than any address of a page that a registry hands out.
 	maxLinkBytes = 4096
+	// clockSkew is how far in the future something may say that it was made.
+	clockSkew = time.Hour
+	// attachSettle is longer than a client takes from reading a list of referrers to writing it, as a rule.
+	attachSettle   = 500 * time.Millisecond
+	attachAttempts = 6
+	// emptyConfig is the config of an artifact that has none.
+	emptyConfig = "{}"
 )
+
+// artifacts are the referrers of one type that are of use: those that say of themselves that they are the newest.
+type artifacts struct {
+	kind   string // the artifactType
+	listed int    // so many are looked at in the list
+	read   int    // of which so many are read
+	bytes  int64  // a manifest has no more
+}
+
+// documents reads the manifests of what refers to a subject, the newest first. The error is of those that are not what the list says,
+// or were deleted; what could be read is returned with it.
+func (r *repository) documents(ctx context.Context, subject digest.Digest, of artifacts) (read [][]byte, err error) {
+	if err := subject.Validate(); err != nil {
+		return nil, fmt.Errorf("digest %q: %w", subject, err)
+	}
+	list, err := r.referrers(ctx, subject, of)
+	if err != nil {
+		return nil, err
+	}
+	newestFirst(list, time.Now())
+	var faults []error
+	for _, d := range list[:min(len(list), of.read)] {
+		if d.Size > of.bytes {
+			faults = append(faults, fmt.Errorf("%s has %d bytes, more than %d: %w", d.Digest, d.Size, of.bytes, ErrSize))
+			continue
+		}
+		data, _, err := r.document(ctx, "", d)
+		if err != nil {
+			faults = append(faults, err)
+			continue
+		}
+		read = append(read, data)
+	}
+	return read, errors.Join(faults...)
+}
+
+// newestFirst sorts by what the descriptors say of themselves. What does not say when it was made, or says that it will be, comes last,
+// in the order of the list.
+func newestFirst(list []ocispec.Descriptor, now time.Time) {
+	made := func(d ocispec.Descriptor) time.Time {
+		t, err := time.Parse(time.RFC3339, d.Annotations[ocispec.AnnotationCreated])
+		if err != nil || t.After(now.Add(clockSkew)) {
+			return time.Time{}
+		}
+		return t
+	}
+	slices.SortStableFunc(list, func(a, b ocispec.Descriptor) int { return made(b).Compare(made(a)) })
+}
 
 // referrers lists what refers to a manifest and is of the artifact type, as the registry says: by the referrers API, or where
 // there is none by the tag that stands in for it (OCI distribution specification 1.1). None is no error.
-func (r *repository) referrers(ctx context.Context, subject digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
-	all, err := r.referrersAPI(ctx, subject, artifactType)
+func (r *repository) referrers(ctx context.Context, subject digest.Digest, of artifacts) ([]ocispec.Descriptor, error) {
+	all, err := r.referrersAPI(ctx, subject, of)
 	if !hasNoReferrersAPI(err) {
 		return all, err
 	}
@@ -42,20 +98,20 @@ func (r *repository) referrers(ctx context.Context, subject digest.Digest, artif
 	if all, err = parseReferrers(data); err != nil {
 		return nil, err
 	}
-	return ofType(all, artifactType), nil
+	return of.among(all), nil
 }
 
-// ofType leaves at most maxReferrers of one type.
-func ofType(all []ocispec.Descriptor, artifactType string) []ocispec.Descriptor {
-	all = slices.DeleteFunc(all, func(d ocispec.Descriptor) bool { return d.ArtifactType != artifactType })
-	return all[:min(len(all), maxReferrers)]
+// among leaves those of the type, at most as many as are looked at.
+func (of artifacts) among(all []ocispec.Descriptor) []ocispec.Descriptor {
+	all = slices.DeleteFunc(all, func(d ocispec.Descriptor) bool { return d.ArtifactType != of.kind })
+	return all[:min(len(all), of.listed)]
 }
 
 // referrersAPI reads page after page, until there are enough. A registry that filters has what anyone would attach on the first; one
 // that does not may have it behind signatures and lists of parts by the hundred.
-func (r *repository) referrersAPI(ctx context.Context, subject digest.Digest, artifactType string) (found []ocispec.Descriptor, err error) {
+func (r *repository) referrersAPI(ctx context.Context, subject digest.Digest, of artifacts) (found []ocispec.Descriptor, err error) {
 	var from atomic.Int32 // pages are of one host: its own alone knows what comes next
-	query := url.Values{"artifactType": {artifactType}}
+	query := url.Values{"artifactType": {of.kind}}
 	for range maxReferrerPages {
 		data, next, err := r.referrersPage(ctx, subject, query, &from)
 		if err != nil {
@@ -65,11 +121,11 @@ func (r *repository) referrersAPI(ctx context.Context, subject digest.Digest, ar
 		if err != nil {
 			return nil, err
 		}
-		found = ofType(append(found, page...), artifactType)
-		if next == nil || len(found) == maxReferrers {
+		found = of.among(append(found, page...))
+		if next == nil || len(found) == of.listed {
 			break
 		}
-		next.Set("artifactType", artifactType)
+		next.Set("artifactType", of.kind)
 		query = next
 	}
 	return found, nil
@@ -166,8 +222,26 @@ func parseReferrers(data []byte) ([]ocispec.Descriptor, error) {
 	return index.Manifests, nil
 }
 
-// attach stores a manifest that has a subject, so that referrers finds it.
-func (r *repository) attach(ctx context.Context, m ocispec.Manifest) error {
+// artifact is the manifest of an artifact whose subject is an image. Its config is emptyConfig, which has to be pushed before.
+func artifact(img *Image, kind string, annotations map[string]string) ocispec.Manifest {
+	return ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: kind,
+		// Registries before OCI 1.1 take the artifact's type from the config's.
+		Config:      ocispec.Descriptor{MediaType: kind, Digest: digest.FromString(emptyConfig), Size: int64(len(emptyConfig))},
+		Subject:     &ocispec.Descriptor{MediaType: img.MediaType, Digest: img.Digest, Size: img.Size},
+		Annotations: annotations,
+	}
+}
+
+// attach stores an artifact, so that referrers finds it. Its layers are in the repository already.
+func (c *Client) attach(ctx context.Context, img *Image, m ocispec.Manifest, of artifacts) error {
+	if _, err := c.PutBlob(ctx, img.Ref, m.Config, strings.NewReader(emptyConfig)); err != nil {
+		return err
+	}
+	r, _, err := c.repository(ctx, img.Ref)
+	if err != nil {
+		return err
+	}
 	data, err := json.Marshal(m)
 	if err != nil {
 		return err
@@ -177,19 +251,41 @@ func (r *repository) attach(ctx context.Context, m ocispec.Manifest) error {
 	if err != nil || linked {
 		return err
 	}
-	all, err := r.referrersAPI(ctx, m.Subject.Digest, m.ArtifactType)
+	all, err := r.referrersAPI(ctx, m.Subject.Digest, of)
 	if err == nil && slices.ContainsFunc(all, func(d ocispec.Descriptor) bool { return d.Digest == dgst }) {
 		return nil // it does, without having said so
 	}
-	return r.attachByTag(ctx, m, ocispec.Descriptor{
+	tag := referrersTag(m.Subject.Digest)
+	if err := r.attachByTag(ctx, tag, of, ocispec.Descriptor{
 		MediaType: m.MediaType, ArtifactType: m.ArtifactType, Digest: dgst, Size: int64(len(data)), Annotations: m.Annotations,
-	})
+	}); err != nil {
+		return fmt.Errorf("referrers tag %s: %w", tag, err)
+	}
+	return nil
 }
 
-// attachByTag adds a manifest to the list that the subject's tag names. Two clients who do so at once can lose one of the two:
-// the specification knows no remedy, and the one that is lost can be attached again.
-func (r *repository) attachByTag(ctx context.Context, m ocispec.Manifest, desc ocispec.Descriptor) error {
-	tag := referrersTag(m.Subject.Digest)
+// attachByTag adds a manifest to the list that the subject's tag names. Registries know no compare-and-swap of a tag: of two clients who
+// read the list and write it at once, the later one loses what the former has added. So who has written looks again, after longer than
+// another takes from reading to writing, and writes again what is not there.
+func (r *repository) attachByTag(ctx context.Context, tag string, of artifacts, desc ocispec.Descriptor) error {
+	for range attachAttempts {
+		wrote, err := r.listByTag(ctx, tag, of, desc)
+		if err != nil || !wrote {
+			return err
+		}
+		pause := time.NewTimer(attachSettle + rand.N(attachSettle))
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			pause.Stop()
+			return context.Cause(ctx)
+		}
+	}
+	return fmt.Errorf("others write it all the time, %s was not kept in %d attempts; try again", desc.Digest, attachAttempts)
+}
+
+// listByTag adds a manifest to a list, unless it is there.
+func (r *repository) listByTag(ctx context.Context, tag string, of artifacts, desc ocispec.Descriptor) (wrote bool, err error) {
 	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
 	data, _, err := r.document(ctx, tag, ocispec.Descriptor{})
 	if err == nil {
@@ -198,15 +294,30 @@ func (r *repository) attachByTag(ctx context.Context, m ocispec.Manifest, desc o
 		err = nil
 	}
 	if err != nil {
-		return fmt.Errorf("referrers tag %s: %w", tag, err)
+		return false, err
 	}
-	index.Manifests = slices.DeleteFunc(index.Manifests, func(d ocispec.Descriptor) bool { return d.Digest == desc.Digest })
-	index.Manifests = append(index.Manifests, desc)
+	if slices.ContainsFunc(index.Manifests, func(d ocispec.Descriptor) bool { return d.Digest == desc.Digest }) {
+		return false, nil
+	}
+	index.Manifests = of.add(index.Manifests, desc)
 	if data, err = json.Marshal(index); err != nil {
-		return err
+		return false, err
 	}
-	if _, err := r.putManifest(ctx, tag, index.MediaType, data); err != nil {
-		return fmt.Errorf("referrers tag %s: %w", tag, err)
+	_, err = r.putManifest(ctx, tag, index.MediaType, data)
+	return true, err
+}
+
+// add appends a manifest to a list, in which it leaves no more of its type than are looked at: the oldest go.
+func (of artifacts) add(list []ocispec.Descriptor, desc ocispec.Descriptor) []ocispec.Descriptor {
+	var same []ocispec.Descriptor
+	for _, d := range list {
+		if d.ArtifactType == of.kind {
+			same = append(same, d)
+		}
 	}
-	return nil
+	newestFirst(same, time.Now())
+	for _, old := range same[min(len(same), of.listed-1):] {
+		list = slices.DeleteFunc(list, func(d ocispec.Descriptor) bool { return d.Digest == old.Digest })
+	}
+	return append(list, desc)
 }

@@ -1,7 +1,6 @@
 package registry
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,7 +9,6 @@ import (
 	"strconv"
 
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -30,6 +28,9 @@ const (
 	annotationBytes    = "dev.hearth.layer.bytes"
 	annotationFrame    = "dev.hearth.layer.frame-bytes"
 )
+
+// siblingArtifacts are two for each time that an image was accelerated; each may have as many layers as an image.
+var siblingArtifacts = artifacts{kind: siblingType, listed: 16, read: 16, bytes: maxManifestBytes}
 
 // Sibling is a layer of an image in another encoding, of the same tar.
 type Sibling struct {
@@ -56,27 +57,15 @@ func (c *Client) Siblings(ctx context.Context, ref string, manifest digest.Diges
 }
 
 func (r *repository) siblings(ctx context.Context, manifest digest.Digest) ([]Sibling, error) {
-	if err := manifest.Validate(); err != nil {
-		return nil, fmt.Errorf("digest %q: %w", manifest, err)
-	}
-	artifacts, err := r.referrers(ctx, manifest, siblingType)
-	if err != nil {
-		return nil, err
-	}
+	read, err := r.documents(ctx, manifest, siblingArtifacts)
 	var found []Sibling
-	var faults []error // of artifacts that were deleted, or are not what the list says
-	for _, a := range artifacts {
-		data, _, err := r.document(ctx, "", a)
-		if err != nil {
-			faults = append(faults, err)
-			continue
-		}
+	for _, data := range read {
 		found = append(found, parseSiblings(data, manifest)...)
 	}
 	if len(found) > 0 {
 		return slices.Clip(found[:min(len(found), maxSiblings)]), nil
 	}
-	return nil, errors.Join(faults...)
+	return nil, err
 }
 
 // parseSiblings reads the manifest of a sibling artifact.
@@ -111,17 +100,7 @@ func parseSibling(l ocispec.Descriptor, encoding string) (Sibling, bool) {
 // AttachSiblings attaches siblings of one encoding to an image, which itself stays as it is. Their blobs are in the repository
 // already. Attaching the same again changes nothing.
 func (c *Client) AttachSiblings(ctx context.Context, img *Image, encoding string, siblings []Sibling) error {
-	repo, _, err := c.repository(ctx, img.Ref)
-	if err != nil {
-		return fmt.Errorf("attach siblings to %s: %w", img.Ref, err)
-	}
-	config := []byte("{}") // registries before OCI 1.1 take the artifact's type from the config's
-	m := ocispec.Manifest{
-		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: siblingType,
-		Config:      ocispec.Descriptor{MediaType: siblingType, Digest: digest.FromBytes(config), Size: int64(len(config))},
-		Subject:     &ocispec.Descriptor{MediaType: img.MediaType, Digest: img.Digest, Size: img.Size},
-		Annotations: map[string]string{annotationEncoding: encoding},
-	}
+	m := artifact(img, siblingType, map[string]string{annotationEncoding: encoding})
 	for _, s := range siblings {
 		m.Layers = append(m.Layers, ocispec.Descriptor{
 			MediaType: s.MediaType, Digest: s.Digest, Size: s.Size,
@@ -131,10 +110,7 @@ func (c *Client) AttachSiblings(ctx context.Context, img *Image, encoding string
 			},
 		})
 	}
-	if _, err := c.PutBlob(ctx, img.Ref, m.Config, bytes.NewReader(config)); err != nil {
-		return err
-	}
-	if err := repo.attach(ctx, m); err != nil {
+	if err := c.attach(ctx, img, m, siblingArtifacts); err != nil {
 		return fmt.Errorf("attach siblings to %s: %w", img.Ref, err)
 	}
 	return nil

@@ -29,6 +29,16 @@ type Unpacker interface {
 	UnpackImage(ctx context.Context, src io.Reader, spec layer.Spec, file string) (*layer.Result, error)
 }
 
+// Profiles knows what starts of images read. *profiles.Sharer is one. What it knows is a hint: a pull never waits for it.
+type Profiles interface {
+	// Needed is asked beside the pull of an image, once its manifest is known: of which layers, by diffID, do starts read something? It
+	// may ask others, until ctx ends.
+	Needed(ctx context.Context, img *registry.Image) []digest.Digest
+	// Unpacked is told when a pull has brought all layers of an image. trees are theirs, in the image's order; they are there for as long
+	// as somebody uses the image.
+	Unpacked(ctx context.Context, img *registry.Image, trees []string)
+}
+
 // Config says where a Snapshotter lives and what it works with. Root, Registry and Layers are required.
 type Config struct {
 	// Root is a directory of its own, on a file system that can be an overlay's upper directory. One process at a time.
@@ -39,6 +49,8 @@ type Config struct {
 	Form Form
 	// Blobs keeps the compressed blobs as well; nil: they are nowhere, only their trees.
 	Blobs Blobs
+	// Profiles says what to bring first; nil: nobody knows.
+	Profiles Profiles
 	// MinFreePercent of the file system stay free: pulls are refused before, once the layers that nothing uses are dropped. Default 0:
 	// until it is full.
 	MinFreePercent float64

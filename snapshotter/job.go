@@ -44,6 +44,7 @@ type job struct {
 	queued [2]time.Time  // when waiting for a slot began and ended
 	synced [2]time.Time  // when making it durable began and ended
 
+	first   atomic.Bool  // starts are known to read the layer
 	fetched atomic.Int64 // bytes of the blob that were read so far
 }
 
@@ -58,7 +59,7 @@ func (s *jobs) work(ctx context.Context, j *job) {
 		return
 	}
 	j.queued[0] = time.Now()
-	if j.err = s.slots.acquire(ctx, j.ref, j.layer.Size); j.err != nil {
+	if j.err = s.slots.acquire(ctx, j.ref, j.layer.Size, &j.first); j.err != nil {
 		return
 	}
 	j.queued[1] = time.Now()

@@ -172,7 +172,7 @@ func (s *Snapshotter) commitPresent(ctx context.Context, r request, se *session)
 		if se != nil && err == nil {
 			se.trace.add(phaseCommit, start, time.Now())
 			s.metrics.phase(phaseCommit, time.Since(start))
-			s.sessions.prepared(se, r.diffID)
+			s.sessions.prepared(ctx, se, r.diffID)
 		}
 		return true, err
 	}

@@ -41,6 +41,7 @@ type session struct {
 	whole     bool        // there was nothing to do
 	refused   bool        // a layer was refused, and with it the image
 	ended     bool        // what it held was let go
+	told      bool        // that all of it is unpacked
 	idle      *time.Timer // runs while preparing is 0
 }
 
@@ -57,6 +58,7 @@ type sessions struct {
 	trees    *trees
 	traces   *traces
 	sources  *sources
+	beside   *beside
 	idle     func(context.Context) // called after a session ended with layers that no one had asked for
 	wg       sync.WaitGroup
 
@@ -165,6 +167,7 @@ func (s *sessions) start(ctx context.Context, se *session) (err error) {
 			return err
 		}
 	}
+	s.ask(ctx, se)
 	return nil
 }
 
@@ -220,7 +223,7 @@ func (s *sessions) drop(se *session, j *job) {
 }
 
 // prepared notes that a layer was answered for. With the image's last one the session has done its duty.
-func (s *sessions) prepared(se *session, diffID digest.Digest) {
+func (s *sessions) prepared(ctx context.Context, se *session, diffID digest.Digest) {
 	if !se.isResolved() || se.err != nil {
 		return
 	}
@@ -228,6 +231,10 @@ func (s *sessions) prepared(se *session, diffID digest.Digest) {
 	defer s.mu.Unlock()
 	layers := se.image.Layers
 	se.complete = se.complete || layers[len(layers)-1].DiffID == diffID
+	if se.complete && !se.told {
+		se.told = true
+		s.unpacked(ctx, se)
+	}
 	if j := se.jobs[diffID]; j != nil && j.isDone() {
 		se.trace.addJob(j)
 	}

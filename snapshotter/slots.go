@@ -5,11 +5,12 @@ import (
 	"context"
 	"slices"
 	"sync"
+	"sync/atomic"
 )
 
 // slots bounds how many jobs work at the same time. A slot that comes free goes to the image that has the fewest, so that a small
-// image does not wait for all of a large one; and of that image to its largest layer: what takes longest decides when an image is
-// complete. Who works shares the link range by range, as the registry's client has it, so this is what divides that too.
+// image does not wait for all of a large one; of that image to a layer that starts are known to read, so that it is unpacked, and what
+// they read of it in memory, while others still come; and of those to the largest: what takes longest decides when an image is complete. Who works shares the link range by range, as the registry's client has it, so this is what divides that too.
 type slots struct {
 	mu      sync.Mutex // guards what follows
 	free    int
@@ -20,14 +21,16 @@ type slots struct {
 type slotWaiter struct {
 	image string
 	size  int64
+	first *atomic.Bool  // it is known to be needed
 	ready chan struct{} // closed when the slot is its own
 }
 
 func newSlots(n int) *slots { return &slots{free: n, held: map[string]int{}} }
 
-// acquire waits for a slot for a layer of so many bytes, or for the end of ctx. The caller owes a release of the same image.
-func (s *slots) acquire(ctx context.Context, image string, size int64) error {
-	w := &slotWaiter{image: image, size: size, ready: make(chan struct{})}
+// acquire waits for a slot for a layer of so many bytes, or for the end of ctx. That the layer is needed first may turn out meanwhile.
+// The caller owes a release of the same image.
+func (s *slots) acquire(ctx context.Context, image string, size int64, first *atomic.Bool) error {
+	w := &slotWaiter{image: image, size: size, first: first, ready: make(chan struct{})}
 	s.mu.Lock()
 	s.waiting = append(s.waiting, w)
 	s.grant()
@@ -66,11 +69,19 @@ func (s *slots) giveBack(image string) {
 func (s *slots) grant() {
 	for s.free > 0 && len(s.waiting) > 0 {
 		next := slices.MinFunc(s.waiting, func(a, b *slotWaiter) int {
-			return cmp.Or(cmp.Compare(s.held[a.image], s.held[b.image]), cmp.Compare(b.size, a.size))
+			return cmp.Or(cmp.Compare(s.held[a.image], s.held[b.image]), a.later()-b.later(), cmp.Compare(b.size, a.size))
 		})
 		s.waiting = slices.DeleteFunc(s.waiting, func(w *slotWaiter) bool { return w == next })
 		s.free--
 		s.held[next.image]++
 		close(next.ready)
 	}
+}
+
+// later is 1 for what can wait, and 0 for what is known to be needed first.
+func (w *slotWaiter) later() int {
+	if w.first.Load() {
+		return 0
+	}
+	return 1
 }

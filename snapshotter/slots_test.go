@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 )
@@ -12,7 +13,7 @@ import (
 func TestSlotsLargestFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSlots(1)
-		if err := s.acquire(t.Context(), "a", 1); err != nil {
+		if err := s.acquire(t.Context(), "a", 1, &atomic.Bool{}); err != nil {
 			t.Fatal(err)
 		}
 		gone, cancel := context.WithCancel(t.Context())
@@ -23,7 +24,7 @@ func TestSlotsLargestFirst(t *testing.T) {
 				if size == 40 {
 					ctx = gone
 				}
-				if err := s.acquire(ctx, "a", size); err != nil {
+				if err := s.acquire(ctx, "a", size, &atomic.Bool{}); err != nil {
 					if !errors.Is(err, context.Canceled) {
 						t.Error(err)
 					}
@@ -44,12 +45,43 @@ func TestSlotsLargestFirst(t *testing.T) {
 	})
 }
 
+// What is known to be needed goes before what is larger, also if that becomes known while it waits.
+func TestSlotsNeededFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSlots(1)
+		if err := s.acquire(t.Context(), "a", 1, &atomic.Bool{}); err != nil {
+			t.Fatal(err)
+		}
+		needed := map[int64]*atomic.Bool{}
+		var order []int64
+		for _, size := range []int64{5, 40, 20, 30} {
+			needed[size] = &atomic.Bool{}
+			go func() {
+				if err := s.acquire(t.Context(), "a", size, needed[size]); err != nil {
+					t.Error(err)
+					return
+				}
+				order = append(order, size) // one at a time
+				s.release("a")
+			}()
+			synctest.Wait()
+		}
+		needed[5].Store(true)
+		needed[20].Store(true)
+		s.release("a")
+		synctest.Wait()
+		if !slices.Equal(order, []int64{20, 5, 40, 30}) {
+			t.Errorf("order %v", order)
+		}
+	})
+}
+
 // Images take turns, however many layers one has, and however large.
 func TestSlotsAreSharedByImages(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSlots(2)
 		for range 2 { // large came first and has all
-			if err := s.acquire(t.Context(), "large", 100); err != nil {
+			if err := s.acquire(t.Context(), "large", 100, &atomic.Bool{}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -57,7 +89,7 @@ func TestSlotsAreSharedByImages(t *testing.T) {
 		ask := func(image string, sizes ...int64) {
 			for _, size := range sizes {
 				go func() {
-					if err := s.acquire(t.Context(), image, size); err != nil {
+					if err := s.acquire(t.Context(), image, size, &atomic.Bool{}); err != nil {
 						t.Error(err)
 						return
 					}

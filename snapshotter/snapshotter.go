@@ -70,7 +70,7 @@ func New(cfg Config) (*Snapshotter, error) {
 	s.sources = &sources{by: map[digest.Digest]source{}}
 	s.sessions = &sessions{
 		cfg: cfg, jobs: s.jobs, siblings: s.siblings, trees: s.trees, traces: s.traces, sources: s.sources,
-		idle: s.sweepQuietly, live: map[sessionKey]*session{},
+		beside: newBeside(cfg.Profiles), idle: s.sweepQuietly, live: map[sessionKey]*session{},
 	}
 	s.deleting.Go(func() {
 		if err := emptyTrash(cfg.Root); err != nil {
@@ -123,6 +123,7 @@ func (s *Snapshotter) Close() error { return s.close() }
 func (s *Snapshotter) shut() error {
 	s.jobs.close()
 	s.sessions.shut()
+	s.sessions.beside.close()
 	s.siblings.close()
 	s.deleting.Wait()
 	return s.release()

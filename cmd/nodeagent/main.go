@@ -11,6 +11,7 @@ import (
 	"runtime/debug"
 
 	"connectrpc.com/connect"
+	"github.com/opencontainers/go-digest"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
@@ -23,6 +24,7 @@ import (
 	"github.com/hearth-serverless/hearth/internal/images"
 	"github.com/hearth-serverless/hearth/internal/keychain"
 	"github.com/hearth-serverless/hearth/internal/pki"
+	"github.com/hearth-serverless/hearth/internal/profiles"
 	"github.com/hearth-serverless/hearth/internal/register"
 	"github.com/hearth-serverless/hearth/layer"
 	"github.com/hearth-serverless/hearth/prefetch"
@@ -40,6 +42,7 @@ type options struct {
 	snaps                                                                                          snapshotter.Config
 	engine                                                                                         instance.Config
 	ahead                                                                                          prefetch.Config
+	share                                                                                          profiles.Config
 }
 
 func main() {
@@ -63,7 +66,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.dockerConfig, "docker-config", "", "Docker's config.json with credentials for registries (default: $DOCKER_CONFIG or ~/.docker)")
 	daemon.BytesVar(f, &o.memory, "memory-budget", 128<<20, "memory for layers in flight, fetched and unpacked; nodeagent takes some 30 MiB besides")
 	f.BoolVar(&o.keepBlobs, "keep-blobs", false, "keep the compressed layers in containerd's content store too, for ctr images export, mirrors and pushing")
-	for _, part := range []interface{ Flags(*pflag.FlagSet) }{&o.limits, &o.snaps, &o.engine, &o.ahead} {
+	for _, part := range []interface{ Flags(*pflag.FlagSet) }{&o.limits, &o.snaps, &o.engine, &o.ahead, &o.share} {
 		part.Flags(f)
 	}
 }
@@ -73,14 +76,16 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	if err != nil {
 		return err
 	}
-	snaps, blobs, err := o.snapshotter(rt, secrets)
+	var engine *instance.Engine
+	o.share.Named = func(chainID digest.Digest) (string, digest.Digest, bool) { return engine.Named(chainID) }
+	snaps, blobs, share, ahead, err := o.snapshotter(rt, secrets)
 	if err != nil {
 		return err
 	}
 	config := o.engine
 	config.Node, config.Root, config.Address, config.CgroupParent = o.node, o.root, o.containerd, o.cgroup
 	config.Credentials, config.Fetch = blobs.Credentials, snaps.Fetch
-	config.Phases = func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) }
+	config.Phases, config.Prefetch = images.Phases(snaps), ahead
 	config.Logger, config.Registerer = rt.Log, rt.Registry
 	group, ctx := errgroup.WithContext(ctx)
 	if listens, err := bpf.NewListenWatcher(rt.Log); err != nil {
@@ -94,57 +99,48 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 			return nil
 		})
 	}
-	o.ahead.Root, o.ahead.Logger, o.ahead.Registerer = filepath.Join(o.root, "profiles"), rt.Log, rt.Registry
-	o.ahead.Short = func() (bool, error) { return host.ShortOfMemory("/proc", o.engine.MemoryPressure) }
-	o.ahead.Trace(rt.Log)
-	ahead, aheadErr := prefetch.New(o.ahead)
-	config.Prefetch = ahead
-	engine, engineErr := instance.New(config)
-	pulls, err := images.New(images.Config{Containerd: o.containerd, Credentials: blobs.Credentials, Fetch: snaps.Fetch, Progress: snaps.Pull})
-	if err = errors.Join(aheadErr, engineErr, err); err != nil {
+	engine, err = instance.New(config)
+	pulls, pullsErr := images.New(images.Config{Containerd: o.containerd, Credentials: blobs.Credentials, Fetch: snaps.Fetch, Progress: snaps.Pull})
+	if err = errors.Join(err, pullsErr); err != nil {
 		return errors.Join(err, snaps.Close())
 	}
 	mux := http.NewServeMux()
 	plain := connect.WithCompression("gzip", nil, nil) // what crosses no network is not worth it
 	mux.Handle(hearthv1connect.NewImageServiceHandler(pulls, plain, connect.WithReadMaxBytes(1<<20)))
 	mux.Handle(hearthv1connect.NewNodeServiceHandler(engine, plain, connect.WithReadMaxBytes(4<<20)))
+	mux.Handle(hearthv1connect.NewProfileServiceHandler(profiles.Service{Node: engine, Known: ahead}, plain, connect.WithReadMaxBytes(1<<20)))
 	group.Go(func() error { return snaps.Serve(ctx, o.snapshotterSocket) })
 	group.Go(func() error { return secrets.Serve(ctx, o.imageSocket, snaps.Fetch) })
 	group.Go(func() error { return engine.Run(ctx) })
 	group.Go(func() error { return ahead.Run(ctx) })
+	group.Go(func() error { return share.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.socket, mux) })
 	group.Go(func() error { return o.network.Serve(ctx, rt.Log, mux, pki.Poolmanager, pki.Admin) })
 	group.Go(func() error { return rt.Ready.Follow(ctx, "containerd", engine.Ready) })
 	return group.Wait()
 }
 
-func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, error) {
+func (o *options) snapshotter(rt *daemon.Runtime, secrets *keychain.Service) (*snapshotter.Snapshotter, *registry.Client, *profiles.Sharer, *prefetch.Prefetcher, error) {
 	unpacked, fetched := layer.Share(o.memory)
 	limit := func(lent int64) { debug.SetMemoryLimit(24<<20 + o.memory/8 + lent) } // garbage gives way before the node's memory does
 	blobs, err := registry.New(registry.Config{
 		HostsDir: o.hostsDir, DockerConfig: o.dockerConfig, Keychain: secrets.Credentials, MemoryBytes: fetched, Logger: rt.Log, Registerer: rt.Registry,
 	})
-	if err != nil {
-		return nil, nil, err
-	}
-	layers, err := layer.New(layer.Config{Limits: o.limits, MemoryBytes: unpacked, Lent: limit, Logger: rt.Log, Registerer: rt.Registry})
-	if err != nil {
-		return nil, nil, err
+	o.ahead.Root, o.ahead.Logger, o.ahead.Registerer = filepath.Join(o.root, "profiles"), rt.Log, rt.Registry
+	o.ahead.Short = func() (bool, error) { return host.ShortOfMemory("/proc", o.engine.MemoryPressure) }
+	o.ahead.Trace(rt.Log)
+	o.share.Registry, o.share.Node, o.share.Logger = blobs, o.node, rt.Log
+	share, ahead, aheadErr := profiles.Open(o.share, o.ahead)
+	layers, layersErr := layer.New(layer.Config{Limits: o.limits, MemoryBytes: unpacked, Lent: limit, Logger: rt.Log, Registerer: rt.Registry})
+	if err = errors.Join(err, aheadErr, layersErr); err != nil {
+		return nil, nil, nil, nil, err
 	}
 	if o.keepBlobs {
 		if o.snaps.Blobs, err = contentstore.New(o.containerd); err != nil {
-			return nil, nil, err
+			return nil, nil, nil, nil, err
 		}
 	}
-	o.snaps.Registry, o.snaps.Layers, o.snaps.Logger, o.snaps.Registerer = blobs, layers, rt.Log, rt.Registry
+	o.snaps.Registry, o.snaps.Layers, o.snaps.Profiles, o.snaps.Logger, o.snaps.Registerer = blobs, layers, share, rt.Log, rt.Registry
 	s, err := snapshotter.New(o.snaps)
-	return s, blobs, err
-}
-
-func phases(s *snapshotter.Snapshotter, ref string) (out []instance.Phase, ok bool) {
-	pulled, ok := s.Trace(ref)
-	for _, p := range pulled {
-		out = append(out, instance.Phase{Name: p.Name, Start: p.Start, Duration: p.Duration})
-	}
-	return out, ok
+	return s, blobs, share, ahead, err
 }

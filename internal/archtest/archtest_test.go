@@ -28,7 +28,7 @@ var floors = map[string]int{
 	"runtimes": 1,
 	"layer":    2,
 	"instance": 3, "snapshotter": 3, "pool": 3, "scaler": 3, "internal/codepack": 3, "internal/register": 3,
-	"gateway": 4, "internal/kube": 4, "internal/images": 4, "internal/stack": 4, "internal/release": 4,
+	"gateway": 4, "internal/kube": 4, "internal/images": 4, "internal/profiles": 4, "internal/stack": 4, "internal/release": 4,
 	"bench": 5, "internal/cli": 5,
 	"test": 6,
 	"cmd":  7,

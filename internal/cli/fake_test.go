@@ -38,6 +38,7 @@ type fake struct {
 	hearthv1connect.UnimplementedNodeServiceHandler
 	hearthv1connect.UnimplementedImageServiceHandler
 	hearthv1connect.UnimplementedRuntimeServiceHandler
+	hearthv1connect.UnimplementedProfileServiceHandler
 
 	run      string
 	runtimes map[string]*hearthv1.Runtime
@@ -46,6 +47,8 @@ type fake struct {
 	address  string // of the only Instance
 	applied  *hearthv1.ApplyRequest
 	released *hearthv1.ReleaseRequest
+	profile  *hearthv1.ImageProfile        // that the node makes and knows
+	profiled *hearthv1.ProfileImageRequest // last
 }
 
 func (f *fake) Apply(_ context.Context, r *connect.Request[hearthv1.ApplyRequest]) (*connect.Response[hearthv1.ApplyResponse], error) {
@@ -189,6 +192,7 @@ func newFake(t *testing.T) *fake {
 	mux.Handle(hearthv1connect.NewNodeServiceHandler(f))
 	mux.Handle(hearthv1connect.NewImageServiceHandler(f))
 	mux.Handle(hearthv1connect.NewRuntimeServiceHandler(f))
+	mux.Handle(hearthv1connect.NewProfileServiceHandler(f))
 	ready := &daemon.Readiness{}
 	ready.Set("node", errors.New("not seen yet"))
 	mux.Handle("/readyz", ready)

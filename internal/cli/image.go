@@ -19,7 +19,7 @@ func (a *app) image() *cobra.Command {
 		Use: "image", Short: "Pull images, make them start faster, and see what they are made of", Args: subcommand,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(a.pullImage(), a.listImages(), a.inspect(), a.accelerate())
+	c.AddCommand(a.pullImage(), a.listImages(), a.inspect(), a.accelerate(), a.profileImage(), a.showProfile())
 	return c
 }
 

@@ -17,7 +17,7 @@ func (a *app) nodeCommands() *cobra.Command {
 		Use: "node", Short: "Look after this node", Args: subcommand,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(a.nodeDoctor())
+	c.AddCommand(a.nodeDoctor(), a.nodeCache())
 	return c
 }
 

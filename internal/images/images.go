@@ -18,6 +18,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/instance"
 	"github.com/hearth-serverless/hearth/internal/cripull"
 	"github.com/hearth-serverless/hearth/snapshotter"
 )
@@ -37,6 +38,17 @@ type Config struct {
 	Fetch       func(ctx context.Context, ref string) error
 	// Progress tells of the last pull of an image, by its full reference.
 	Progress func(ref string) (snapshotter.Pull, bool)
+}
+
+// Phases tells an engine of the last pull of an image, in its own words.
+func Phases(s *snapshotter.Snapshotter) func(ref string) ([]instance.Phase, bool) {
+	return func(ref string) (out []instance.Phase, ok bool) {
+		pulled, ok := s.Trace(ref)
+		for _, p := range pulled {
+			out = append(out, instance.Phase{Name: p.Name, Start: p.Start, Duration: p.Duration})
+		}
+		return out, ok
+	}
 }
 
 // Service implements hearthv1connect.ImageServiceHandler. It is safe for concurrent use.

@@ -60,6 +60,7 @@ func (c Config) specs(environ []string) map[string]spec {
 			"--cgroup-parent", CgroupParent(c.Name),
 			"--network-dir", p.networkDir(),
 			"--hosts-dir", c.HostsDir,
+			"--share-profiles", c.shareProfiles(),
 			"--sidecar", c.sidecar()),
 		namePoolmanager: own(namePoolmanager, 10*time.Second,
 			"--store", p.store(),
@@ -79,6 +80,14 @@ func gatewayCores(cores int) string {
 func (c Config) sidecar() string {
 	if c.Sidecar {
 		return sidecarProgram
+	}
+	return "none"
+}
+
+// shareProfiles names the deployment's own registry, where everything is its own: nobody else's is written to unasked.
+func (c Config) shareProfiles() string {
+	if c.Registry {
+		return c.RegistryAddress
 	}
 	return "none"
 }

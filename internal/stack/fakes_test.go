@@ -29,7 +29,7 @@ import (
 func TestMain(m *testing.M) {
 	name := filepath.Base(os.Args[0])
 	flags := map[string][]string{
-		"nodeagent":   {"name", "root", "socket", "containerd-socket", "snapshotter-root", "snapshotter-socket", "image-service-socket", "cgroup-parent", "network-dir", "hosts-dir", "sidecar"},
+		"nodeagent":   {"name", "root", "socket", "containerd-socket", "snapshotter-root", "snapshotter-socket", "image-service-socket", "cgroup-parent", "network-dir", "hosts-dir", "share-profiles", "sidecar"},
 		"poolmanager": {"store", "rpc-socket", "node-socket", "pool-size"},
 		"gateway":     {"name", "address", "pool-socket"},
 	}[name]

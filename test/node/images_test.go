@@ -190,10 +190,10 @@ type testRegistry struct {
 	fault atomic.Pointer[func(w http.ResponseWriter, r *http.Request) bool] // handles the request if true
 }
 
-func startRegistry(t *testing.T) *testRegistry {
+func startRegistry(t *testing.T, options ...registry.Option) *testRegistry {
 	t.Helper()
 	r := &testRegistry{}
-	backend := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	backend := registry.New(append(options, registry.Logger(log.New(io.Discard, "", 0)))...)
 	r.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if fault := r.fault.Load(); fault != nil && (*fault)(w, req) {
 			return

@@ -133,10 +133,10 @@ type instanceNode struct {
 	pause     string // image of the sandboxes
 	kubelet   string // namespace of the Pods that a kubelet makes; empty: the engine makes sandboxes
 	cgroup    string
-	netns     map[string]bool // those that were there before
-	strayAge  time.Duration   // of network namespaces that are nobody's; 0 is the engine's
-	prefetch  instance.Prefetcher
-	layers    string // folder of the snapshotter's layers
+	netns     map[string]bool     // those that were there before
+	prefetch  instance.Prefetcher // nil: nobody learns
+	strayAge  time.Duration       // of network namespaces that are nobody's; 0 is the engine's
+	layers    string              // folder of the snapshotter's layers
 
 	engine *instance.Engine
 	calls  hearthv1connect.NodeServiceClient
@@ -145,8 +145,15 @@ type instanceNode struct {
 
 func newInstanceNode(t *testing.T) *instanceNode {
 	t.Helper()
+	return newNodeOf(t, startRegistry(t), nil)
+}
+
+// newNodeOf is newInstanceNode with a registry that others use too. What knows profiles comes from know, unless nil, which can set
+// n.prefetch.
+func newNodeOf(t *testing.T, images *testRegistry, know func(n *instanceNode, c *registry.Client) snapshotter.Profiles) *instanceNode {
+	t.Helper()
 	toolsDir(t)
-	n := &instanceNode{t: t, registry: startRegistry(t), cgroup: fmt.Sprintf("/hearth-test-%d", os.Getpid())}
+	n := &instanceNode{t: t, registry: images, cgroup: fmt.Sprintf("/hearth-test-%d", os.Getpid())}
 	n.log = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo}))
 	hosts := hostsDir(t, n.registry.Server)
 	client, err := registry.New(registry.Config{HostsDir: hosts})
@@ -160,7 +167,11 @@ func newInstanceNode(t *testing.T) *instanceNode {
 	}
 	root := t.TempDir()
 	n.layers = filepath.Join(root, "layers")
-	n.snapshots, err = snapshotter.New(snapshotter.Config{Root: root, Registry: client, Layers: unpacker, Logger: n.log})
+	cfg := snapshotter.Config{Root: root, Registry: client, Layers: unpacker, Logger: n.log}
+	if know != nil {
+		cfg.Profiles = know(n, client)
+	}
+	n.snapshots, err = snapshotter.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
