@@ -20,7 +20,8 @@ import (
 // Function is at zero and a sandbox stands in the pool; all that the node keeps, layers among it, is on a file system on that disk
 // (see package disk). Before each start but those of the disk `cached` the machine's page cache is dropped, with names and inodes, and the node's
 // own programs (containerd, its shim, runc, Hearth's) are read again, as a node has them that starts functions. Systems are three
-// deployments side by side on one file system, each with layers of its own, that differ in nodeagent's --prefetch:
+// deployments side by side on one file system, each with layers of its own, that differ in nodeagent's --prefetch. None of them keeps
+// anything in memory between starts (--prefetch-keep 0), as what is kept would not be dropped:
 //
 //   - hearth: profile, after three starts of the image that were recorded.
 //   - no-prefetch: none.
@@ -112,7 +113,7 @@ func withPrefetch(ctx context.Context, o *Options, r *Report, cases []prefetchCa
 		if err := os.Mkdir(dir, 0o711); err != nil {
 			return fmt.Errorf("make a folder for %s: %w", mode.system, err)
 		}
-		st, err := startStack(ctx, o, dir, stackOptions{registry: i == 0, pool: 1, prefetch: mode.flag})
+		st, err := startStack(ctx, o, dir, stackOptions{registry: i == 0, pool: 1, node: []string{"--prefetch", mode.flag, "--prefetch-keep", "0"}})
 		if err != nil {
 			return fmt.Errorf("%s: %w", mode.system, err)
 		}

@@ -79,7 +79,7 @@ func usualPrefetches(quick bool) (names []string) {
 	return names
 }
 
-// Systems of the suite prefetch, as nodeagent's --prefetch knows them.
+// Systems of the suite prefetch.
 const (
 	readsProfile = "hearth"
 	readsNothing = "no-prefetch"
@@ -88,7 +88,7 @@ const (
 	needed = "needed"
 )
 
-// prefetchModes are the systems with nodeagent's flag.
+// prefetchModes are the systems, as nodeagent's --prefetch knows them.
 func prefetchModes() []struct{ system, flag string } {
 	return []struct{ system, flag string }{{readsProfile, "profile"}, {readsNothing, "none"}, {readsWhole, "whole"}}
 }

@@ -27,12 +27,12 @@ type machineStack struct {
 	ended      chan error
 }
 
-// stackOptions of a machineStack: with a registry or without, how many sandboxes are kept warm, -1 for none, and what is read ahead of
-// starts, if it is not the usual.
+// stackOptions of a machineStack: with a registry or without, how many sandboxes are kept warm, -1 for none, and flags
+// of nodeagent.
 type stackOptions struct {
 	registry bool
 	pool     int
-	prefetch string
+	node     []string
 }
 
 // startStack brings Hearth up with its data in dir. Sockets go to a short path, as their names must be.
@@ -46,7 +46,7 @@ func startStack(ctx context.Context, o *Options, dir string, options stackOption
 	up := make(chan *stack.Status, 1)
 	config := stack.Config{
 		Name: filepath.Base(run), Root: filepath.Join(dir, "hearth"), Run: run, Tools: o.Tools, Bin: o.Bin,
-		GatewayAddress: "127.0.0.1:0", Registry: options.registry, RegistryAddress: "127.0.0.1:0", PoolSize: options.pool, Prefetch: options.prefetch,
+		GatewayAddress: "127.0.0.1:0", Registry: options.registry, RegistryAddress: "127.0.0.1:0", PoolSize: options.pool, NodeFlags: options.node,
 	}
 	if options.pool > 0 { // a suite that starts functions has time for the story
 		config.Progress = func(line string) { o.say("%s", line) }

@@ -46,15 +46,11 @@ func (c Config) specs(environ []string) map[string]spec {
 		"--address", c.GatewayAddress,
 		"--pool-socket", p.poolSocket())
 	gateway.cmd.env = append(slices.Clone(env), gatewayCores(runtime.NumCPU()))
-	var ahead []string
-	if c.Prefetch != "" {
-		ahead = []string{"--prefetch", c.Prefetch}
-	}
 	return map[string]spec{
 		nameGateway:    gateway,
 		nameContainerd: tool(nameContainerd, 10*time.Second, probeDial("unix", p.containerdSocket()), "--config", p.containerdConfig()),
 		nameRegistry:   tool(nameRegistry, 5*time.Second, probeDial("tcp", c.RegistryAddress), "serve", p.registryConfig()),
-		nameNodeagent: own(nameNodeagent, 15*time.Second, append(ahead,
+		nameNodeagent: own(nameNodeagent, 15*time.Second, append([]string{
 			"--name", c.nodeName(),
 			"--root", p.nodeRoot(),
 			"--socket", p.nodeSocket(),
@@ -64,7 +60,8 @@ func (c Config) specs(environ []string) map[string]spec {
 			"--cgroup-parent", CgroupParent(c.Name),
 			"--network-dir", p.networkDir(),
 			"--hosts-dir", c.HostsDir,
-			"--sidecar", c.sidecar())...),
+			"--sidecar", c.sidecar(),
+		}, c.NodeFlags...)...),
 		namePoolmanager: own(namePoolmanager, 10*time.Second,
 			"--store", p.store(),
 			"--rpc-socket", p.poolSocket(),
