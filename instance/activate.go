@@ -8,7 +8,6 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -208,7 +207,6 @@ func (e *Engine) afterServing(i *instance, a *activation) {
 		}
 		if e.untilRecorded(ctx, i.id, recorded, func(ctx context.Context) error { return e.record(ctx, i, a) }) {
 			e.limitCPU(i, a.revision.GetResources().GetCpuMillis())
-			e.started(i)
 			e.show(i)
 		}
 	})
@@ -234,19 +232,6 @@ func (e *Engine) untilRecorded(ctx context.Context, id string, recorded chan str
 			return false
 		}
 		sleep(ctx, delay)
-	}
-}
-
-// started tells who wants to know what a start needs.
-func (e *Engine) started(i *instance) {
-	i.mu.Lock()
-	image, launcher := i.chainID, i.launcher
-	if i.booted != nil { // what it needed of its image was in memory before
-		launcher = nil
-	}
-	i.mu.Unlock()
-	if e.cfg.Prefetch != nil && launcher != nil {
-		e.cfg.Prefetch.Started(digest.Digest(image), launcher.Pid())
 	}
 }
 

@@ -12,6 +12,8 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/hearth-serverless/hearth/prefetch"
 )
 
 // Where a Function finds what is its own; see docs/RUNTIMES.md.
@@ -200,14 +202,15 @@ type view struct {
 	tree    *os.File
 	mounts  []mount.Mount
 	scratch string
+	layers  []prefetch.Layer
 }
 
-func newView(mounts []mount.Mount, scratch string) (*view, error) {
+func newView(mounts []mount.Mount, scratch string, layers []prefetch.Layer) (*view, error) {
 	tree, err := mountDetached(mounts, scratch, viewAttributes)
 	if err != nil {
 		return nil, err
 	}
-	return &view{tree, mounts, scratch}, nil
+	return &view{tree, mounts, scratch, layers}, nil
 }
 
 // Clone implements codeTree.
@@ -221,6 +224,9 @@ func (v *view) Clone() (*os.File, error) {
 	}
 	return os.NewFile(uintptr(fd), codePath), nil
 }
+
+// Layers implements codeTree.
+func (v *view) Layers() []prefetch.Layer { return v.layers }
 
 // Close implements codeTree. Clones stay.
 func (v *view) Close() error { return v.tree.Close() }

@@ -12,6 +12,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/hearth-serverless/hearth/prefetch"
 )
 
 // backend is what the engine needs of containerd. Errors are those of errdefs, so that NotFound and Unavailable can be told.
@@ -67,6 +69,8 @@ type views interface {
 type codeTree interface {
 	// Clone mounts it once more, for one container.
 	Clone() (*os.File, error)
+	// Layers are what it shows; nil if that is not known.
+	Layers() []prefetch.Layer
 	// Close lets go of it. Clones stay, as long as the snapshot or a layer of it is there.
 	Close() error
 }
@@ -152,6 +156,7 @@ type image struct {
 	Ref     string
 	Digest  digest.Digest
 	ChainID string
+	DiffIDs []digest.Digest
 	Config  ocispec.ImageConfig
 }
 
@@ -161,6 +166,8 @@ type rootfs struct {
 	Tree  *os.File   // its mount, which nobody sees; nil if it is not prepared to the end
 	Upper *os.File   // the tmpfs that has what is written to Tree; likewise
 	User  specs.User // the image's user, looked up in its passwd and group
+
+	Layers []prefetch.Layer // what Tree shows; nil if that is not known
 }
 
 // close lets go of the mounts, which end unless a container has them.

@@ -12,8 +12,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 // Labels of sandboxes and containers: the engine's whole memory across restarts.
@@ -58,14 +59,6 @@ type ListenWatcher interface {
 	Expect(netns uint64, port uint16) (told <-chan netip.Addr, cancel func())
 }
 
-// Prefetcher has in memory what starts of an image read; see package prefetch. An image is named by the digest of its content.
-type Prefetcher interface {
-	// Started is told the process of a Function that has come to listen.
-	Started(image digest.Digest, pid uint32)
-	// ReadAhead reads what earlier starts have needed below root, the image's root file system. It may take a while.
-	ReadAhead(ctx context.Context, image digest.Digest, root *os.File)
-}
-
 // Config of an Engine. Node, Root, Address and CgroupParent are required.
 type Config struct {
 	// Node is this node's name: a DNS label.
@@ -102,7 +95,7 @@ type Config struct {
 	Phases func(imageRef string) ([]Phase, bool)
 	// Listens tells when a Function listens. Nil: the engine tries to connect until it can.
 	Listens ListenWatcher
-	// Prefetch learns what starts read, and reads it when an image is prepared. Nil: nobody does.
+	// Prefetch learns what starts read, and reads it ahead of them. Nil: nobody does.
 	Prefetch Prefetcher
 	// Credentials of the registry that an image is pulled from; nil or empty answers mean none.
 	Credentials func(ctx context.Context, imageRef string) (user, secret string, err error)
@@ -180,10 +173,11 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.MaxFrozen, 256)
 	setDefault(&c.MemoryPressure, 10)
 	if c.FrozenBytes == 0 {
-		var err error
-		if c.FrozenBytes, err = memoryShare("/proc"); err != nil {
+		all, err := host.MemoryBytes("/proc")
+		if err != nil {
 			problems = append(problems, fmt.Errorf("the node's memory: %w", err))
 		}
+		c.FrozenBytes = all / 4
 	}
 	setDefault(&c.RuntimeBootTimeout, time.Minute)
 	setDefault(&c.NetworkAge, strayAge)

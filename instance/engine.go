@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hearth-serverless/hearth/api/v1alpha1/hearthv1connect"
+	"github.com/hearth-serverless/hearth/prefetch"
 )
 
 // reconcileInterval is how often containerd is compared with what the engine believes, besides after every reconnect.
@@ -33,6 +34,7 @@ type Engine struct {
 	metrics *metrics
 	hub     *hub
 	library *library
+	ahead   *ahead
 	shelf   *shelf
 	codes   *codeStore
 	logs    *logStore
@@ -107,7 +109,8 @@ func newEngine(cfg Config, b backend, c cgroups, proc string) (*Engine, error) {
 	}
 	e.hub = newHub()
 	e.library = newLibrary(b, cfg.Phases, e.spawn)
-	e.shelf = newShelf(b, e.library, cfg.Prefetch, cfg.Logger, e.spawn, e.starts.lull)
+	e.ahead = &ahead{prefetch: cfg.Prefetch, spawn: e.spawn, known: map[string][]prefetch.Layer{}}
+	e.shelf = newShelf(b, e.library, e.ahead, cfg.Logger, e.spawn, e.starts.lull)
 	e.codes = newCodeStore(b, e.library, cfg.Logger, e.spawn)
 	e.strays = &strays{dir: cfg.NetworkDir, proc: proc, age: cfg.NetworkAge}
 	e.logs = &logStore{root: cfg.Root, kept: cfg.KeptLogs}

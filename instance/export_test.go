@@ -11,8 +11,10 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/opencontainers/go-digest"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/prefetch"
 	"github.com/hearth-serverless/hearth/sidecar/control"
 )
 
@@ -129,9 +131,7 @@ func Surplus(all []Keep, count int, total int64) (ids, reasons []string) {
 }
 
 // Stall, MemInfo and EndPending read what the kernel says.
-func Stall(text []byte) (float64, bool)     { return stall(text) }
-func MemInfo(text []byte, key string) int64 { return memInfo(text, key) }
-func EndPending(status []byte) bool         { return endPending(status) }
+func EndPending(status []byte) bool { return endPending(status) }
 
 // Freezer is that of an Instance's cgroup PARENT/pod-x/fn, below root.
 type Freezer struct{ c cgroups }
@@ -212,7 +212,9 @@ func (e *Engine) Thawed(ctx context.Context, id string, frozenFor time.Duration)
 }
 
 // NewView mounts a code package's tree where nobody sees it.
-func NewView(mounts []mount.Mount, scratch string) (CodeTree, error) { return newView(mounts, scratch) }
+func NewView(mounts []mount.Mount, scratch string) (CodeTree, error) {
+	return newView(mounts, scratch, nil)
+}
 
 // SecretsTree is a file system of secrets.
 func SecretsTree(secrets map[string][]byte) (*os.File, error) { return secretsTree(secrets) }
@@ -297,4 +299,9 @@ func InMountsOf(pid uint32, f func() error) error {
 	}
 	defer namespace.Close()
 	return inMountsOf(namespace, f)
+}
+
+// LayersOf says where an image's layers are.
+func LayersOf(mounts []mount.Mount, diffIDs []digest.Digest) []prefetch.Layer {
+	return layersOf(mounts, diffIDs)
 }

@@ -24,6 +24,7 @@ import (
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/instance"
+	"github.com/hearth-serverless/hearth/prefetch"
 )
 
 // fake is a containerd in memory. Its functions listen as soon as they are started, unless listens says otherwise.
@@ -43,6 +44,7 @@ type fake struct {
 	exits      chan instance.Exit
 	crash      chan struct{} // the kernel says that a process has ended
 	prefetch   instance.Prefetcher
+	layers     []prefetch.Layer // of every image
 	onLaunch   func(ctx context.Context) error
 	onLabel    func(ctx context.Context) error
 	host       string // where the fake's cgroups and /proc are, like the kernel's
@@ -164,6 +166,13 @@ func (v *fakeView) Clone() (*os.File, error) {
 
 func (*fakeView) Close() error { return nil }
 
+func (v *fakeView) Layers() []prefetch.Layer {
+	if v.f.layers == nil {
+		return nil
+	}
+	return []prefetch.Layer{{DiffID: digest.FromString("code"), Dir: "/code"}}
+}
+
 func (f *fake) Pull(_ context.Context, ref string) error {
 	return f.locked(func() error { f.pulls++; f.images[ref] = true; return nil })
 }
@@ -180,7 +189,7 @@ func (f *fake) PrepareSnapshot(_ context.Context, key string, img *instance.Imag
 		f.snapshots[key] = true
 		return nil
 	})
-	return instance.Rootfs{Key: key}, err
+	return instance.Rootfs{Key: key, Layers: f.layers}, err
 }
 
 func (f *fake) RemoveSnapshot(_ context.Context, key string) error {

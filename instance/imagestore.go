@@ -41,7 +41,7 @@ func (n *node) Image(ctx context.Context, ref string) (*image, error) {
 	if _, err := n.client.SnapshotService(n.snapshotter).Stat(ctx, chainID); err != nil {
 		return nil, fmt.Errorf("look up snapshot of image %s: %w", ref, err)
 	}
-	return &image{Ref: ref, Digest: img.Target().Digest, ChainID: chainID, Config: spec.Config}, nil
+	return &image{Ref: ref, Digest: img.Target().Digest, ChainID: chainID, DiffIDs: spec.RootFS.DiffIDs, Config: spec.Config}, nil
 }
 
 // Pull implements images.
@@ -65,7 +65,7 @@ func (n *node) PrepareSnapshot(ctx context.Context, key string, img *image) (roo
 	if err != nil {
 		return rootfs{}, fmt.Errorf("prepare snapshot of %s: %w", img.Ref, err)
 	}
-	r := rootfs{Key: key}
+	r := rootfs{Key: key, Layers: layersOf(mounts, img.DiffIDs)}
 	if r.User, err = n.user(ctx, key, img); err != nil {
 		return r, fmt.Errorf("user %q of image %s: %w", img.Config.User, img.Ref, err)
 	}
@@ -81,7 +81,7 @@ func (n *node) View(ctx context.Context, key string, img *image) (codeTree, erro
 	if err != nil {
 		return nil, fmt.Errorf("view of %s: %w", img.Ref, err)
 	}
-	v, err := newView(mounts, n.scratch)
+	v, err := newView(mounts, n.scratch, layersOf(mounts, img.DiffIDs))
 	if err != nil {
 		return nil, fmt.Errorf("view of %s: %w", img.Ref, err)
 	}

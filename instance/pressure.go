@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/internal/host"
 )
 
 // frozenInterval is how often frozen Instances are looked after: whether somebody wants one ended, and whether the node has
@@ -25,9 +25,6 @@ const (
 	evictBytes    = "bytes"
 	evictPressure = "pressure"
 )
-
-// lowMemory is the part of the node's memory that has to be available where the kernel does not tell of pressure.
-const lowMemory = 1.0 / 16
 
 // keep is a frozen Instance as an eviction sees it.
 type keep struct {
@@ -87,7 +84,7 @@ func (e *Engine) watchFrozen(ctx context.Context) error {
 			e.endIfSignalled(k.id)
 		}
 		e.evictSurplus()
-		short, err := e.shortOfMemory()
+		short, err := host.ShortOfMemory(e.proc, e.cfg.MemoryPressure)
 		if err != nil {
 			e.log.Warn("the node's memory is not known", "error", err)
 		}
@@ -186,64 +183,4 @@ func endPending(status []byte) bool {
 		}
 	}
 	return false
-}
-
-// shortOfMemory tells whether the node's programs wait for memory; where the kernel does not say so (PSI), whether little is
-// available.
-func (e *Engine) shortOfMemory() (bool, error) {
-	text, err := os.ReadFile(filepath.Join(e.proc, "pressure", "memory"))
-	if err == nil {
-		if some, ok := stall(text); ok {
-			return some >= e.cfg.MemoryPressure, nil
-		}
-	}
-	text, err = os.ReadFile(filepath.Join(e.proc, "meminfo"))
-	if err != nil {
-		return false, err
-	}
-	available, total := memInfo(text, "MemAvailable"), memInfo(text, "MemTotal")
-	if total == 0 {
-		return false, fmt.Errorf("%s says nothing of MemTotal", filepath.Join(e.proc, "meminfo"))
-	}
-	return float64(available) < lowMemory*float64(total), nil
-}
-
-// stall reads of /proc/pressure/memory which part of the last ten seconds, in percent, some process has waited for memory. See
-// Documentation/accounting/psi.rst of Linux.
-func stall(text []byte) (percent float64, ok bool) {
-	for line := range bytes.Lines(text) {
-		fields := strings.Fields(string(line))
-		if len(fields) < 2 || fields[0] != "some" {
-			continue
-		}
-		value, found := strings.CutPrefix(fields[1], "avg10=")
-		percent, err := strconv.ParseFloat(value, 64)
-		return percent, found && err == nil && percent >= 0
-	}
-	return 0, false
-}
-
-// memInfo reads a number of bytes of /proc/meminfo; 0 if it is not there.
-func memInfo(text []byte, key string) int64 {
-	for line := range bytes.Lines(text) {
-		name, value, ok := strings.Cut(string(line), ":")
-		if !ok || name != key {
-			continue
-		}
-		n, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
-		if err != nil || n < 0 || n > 1<<50 {
-			return 0
-		}
-		return n << 10
-	}
-	return 0
-}
-
-// memoryShare is a quarter of the node's memory: what frozen Instances may take when nothing else is said.
-func memoryShare(proc string) (int64, error) {
-	text, err := os.ReadFile(filepath.Join(proc, "meminfo"))
-	if err != nil {
-		return 0, err
-	}
-	return memInfo(text, "MemTotal") / 4, nil
 }

@@ -180,18 +180,9 @@ func TestServingIsNotEvicted(t *testing.T) {
 }
 
 func FuzzKernelTexts(f *testing.F) {
-	f.Add([]byte("some avg10=0.12 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"))
-	f.Add([]byte("some avg10=NaN"))
-	f.Add([]byte("MemTotal:       24684236 kB\nMemAvailable:   24046864 kB\n"))
 	f.Add([]byte("SigPnd:\t0000000000000000\nShdPnd:\t0000000000004000\n"))
-	f.Add([]byte("SigPnd:\t-1\nsome\nMemTotal: -4 kB\nMemTotal: 99999999999999999999 kB"))
-	f.Fuzz(func(t *testing.T, text []byte) {
-		if percent, ok := instance.Stall(text); ok && !(percent >= 0) {
-			t.Errorf("a stall of %g", percent)
-		}
-		if n := instance.MemInfo(text, "MemTotal"); n < 0 {
-			t.Errorf("%d bytes", n)
-		}
+	f.Add([]byte("SigPnd:\t-1\nsome\n"))
+	f.Fuzz(func(_ *testing.T, text []byte) {
 		instance.EndPending(text)
 	})
 }

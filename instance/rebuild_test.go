@@ -1,17 +1,13 @@
 package instance_test
 
 import (
-	"context"
 	"maps"
-	"os"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/opencontainers/go-digest"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 	"github.com/hearth-serverless/hearth/instance"
@@ -160,51 +156,6 @@ func TestImageRemovedBehindTheEngine(t *testing.T) {
 		}
 		if _, err := activate(e, "a", "c", 1, time.Minute); err != nil || f.pulls != 2 {
 			t.Errorf("%v after %d pulls, want 2", err, f.pulls)
-		}
-	})
-}
-
-// reader is a Prefetcher that counts.
-type reader struct {
-	mu             sync.Mutex
-	started, ahead map[digest.Digest]int
-}
-
-func (r *reader) Started(image digest.Digest, _ uint32) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.started[image]++
-}
-
-func (r *reader) ReadAhead(_ context.Context, image digest.Digest, _ *os.File) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.ahead[image]++
-}
-
-// TestPrefetch prepares an image, which is read ahead with each snapshot, and starts it, which is told.
-func TestPrefetch(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f, r := newFake(t), &reader{started: map[digest.Digest]int{}, ahead: map[digest.Digest]int{}}
-		f.prefetch = r
-		e, stop := runUntil(t, f)
-		defer stop()
-		if _, err := prepare(e, 2); err != nil {
-			t.Fatal(err)
-		}
-		if r.ahead["chain"] != 2 || len(r.started) > 0 {
-			t.Errorf("prepared: read ahead %v, started %v", r.ahead, r.started)
-		}
-		if err := create(e, "a"); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := activate(e, "a", "c", 1, time.Minute); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(time.Second)
-		synctest.Wait()
-		if r.started["chain"] != 1 || r.ahead["chain"] != 3 {
-			t.Errorf("started: read ahead %v, started %v", r.ahead, r.started)
 		}
 	})
 }

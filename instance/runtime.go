@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/prefetch"
 )
 
 // greetTime bounds the wait for a word of a loader that has been ready before, and has nothing to do but to say it.
@@ -29,6 +30,7 @@ type booted struct {
 	generation int64
 	container  launcher
 	exited     <-chan struct{}
+	layers     []prefetch.Layer // of its image; nil if that is not known, as after a restart
 
 	mu   sync.Mutex // guards what follows
 	conn *loader    // nil after a restart, until it is needed
@@ -195,7 +197,7 @@ func (e *Engine) boot(ctx context.Context, i *instance, rt *hearthv1.Runtime, t 
 	if img != nil {
 		i.chainID = img.ChainID
 	}
-	b := &booted{name: rt.Name, generation: rt.Generation, container: i.launcher, exited: i.exited}
+	b := &booted{name: rt.Name, generation: rt.Generation, container: i.launcher, exited: i.exited, layers: root.Layers}
 	i.mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -205,7 +207,9 @@ func (e *Engine) boot(ctx context.Context, i *instance, rt *hearthv1.Runtime, t 
 		return nil, err
 	}
 	begin := time.Now()
+	recorded := e.recordReads(i, root.Layers)
 	g, err := e.bootLoader(ctx, i, b, launch{Root: root, Process: p, Loader: true})
+	recorded(err)
 	e.metrics.booted(rt.Name, time.Since(begin), err)
 	t.since(phaseBoot, begin)
 	if err != nil {

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/go-digest"
 )
 
 // snapshotPrefix begins the keys of prepared snapshots.
@@ -23,7 +22,7 @@ const prepareTime = time.Minute
 type shelf struct {
 	backend snapshots
 	library *library
-	ahead   Prefetcher // or nil
+	ahead   *ahead
 	log     *slog.Logger
 	spawn   func(func(context.Context)) bool
 	lull    func(ctx context.Context, quiet time.Duration) bool
@@ -54,7 +53,7 @@ func (s *stock) target() int {
 	return min(n, maxSnapshots)
 }
 
-func newShelf(b snapshots, l *library, ahead Prefetcher, log *slog.Logger, spawn func(func(context.Context)) bool,
+func newShelf(b snapshots, l *library, ahead *ahead, log *slog.Logger, spawn func(func(context.Context)) bool,
 	lull func(context.Context, time.Duration) bool,
 ) *shelf {
 	return &shelf{
@@ -70,13 +69,19 @@ func (s *shelf) take(ctx context.Context, img *image, t *trace) (rootfs, error) 
 		r := k.ready[len(k.ready)-1]
 		k.ready = k.ready[:len(k.ready)-1]
 		s.mu.Unlock()
+		s.ahead.read(r.Layers)
 		return r, nil
 	}
 	s.mu.Unlock()
 	begin := time.Now()
+	known := s.ahead.of(img.ChainID)
+	s.ahead.read(known)
 	r, err := s.prepare(ctx, img)
 	if err == nil {
 		t.since(phaseSnapshot, begin)
+	}
+	if known == nil {
+		s.ahead.read(r.Layers)
 	}
 	return r, err
 }
@@ -95,6 +100,7 @@ func (s *shelf) prepare(ctx context.Context, img *image) (rootfs, error) {
 			r.Key = ""
 		}
 	}
+	s.ahead.learn(img.ChainID, r.Layers)
 	return r, err
 }
 
@@ -119,7 +125,8 @@ func (s *shelf) knows(key string) bool {
 	return s.busy[key]
 }
 
-// want sets how many snapshots of an image are kept for a Revision, and fills up before it returns.
+// want sets how many snapshots of an image are kept for a Revision, and fills up before it returns. What its starts need is read ahead
+// already now: the node may have been booted since the last one.
 func (s *shelf) want(ctx context.Context, img *image, revision string, n int) error {
 	s.mu.Lock()
 	k := s.stocks[keyOf(img)]
@@ -129,7 +136,9 @@ func (s *shelf) want(ctx context.Context, img *image, revision string, n int) er
 	}
 	k.wanted[revision] = n
 	s.mu.Unlock()
-	return s.fill(ctx, keyOf(img))
+	err := s.fill(ctx, keyOf(img))
+	s.ahead.read(s.ahead.of(img.ChainID))
+	return err
 }
 
 // wants tells whether a Revision wants an image.
@@ -208,9 +217,6 @@ func (s *shelf) addOne(ctx context.Context, k *stock) error {
 	ctx, cancel := context.WithTimeout(ctx, prepareTime)
 	defer cancel()
 	r, err := s.prepare(ctx, k.img)
-	if err == nil && s.ahead != nil {
-		s.ahead.ReadAhead(ctx, digest.Digest(k.img.ChainID), r.Tree)
-	}
 	if err == nil && s.put(k, r) {
 		return nil
 	}

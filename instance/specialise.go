@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strconv"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
+	"github.com/hearth-serverless/hearth/prefetch"
 )
 
 // startInRuntime brings a claimed Instance to where its Function's code is loaded in the Runtime that is booted there, or that is
@@ -30,6 +32,8 @@ func (e *Engine) startInRuntime(ctx context.Context, i *instance, a *activation)
 	i.mu.Lock()
 	b := i.booted
 	i.mu.Unlock()
+	layers := layersWith(b, code)
+	e.ahead.read(layers)
 	begin := time.Now()
 	if !cold { // what a Runtime says that is booted for this Function is the Function's
 		if err := e.logs.keep(runtimeLog(b.name), i.id, e.outputOf(i.id)); err != nil {
@@ -44,7 +48,19 @@ func (e *Engine) startInRuntime(ctx context.Context, i *instance, a *activation)
 		return err
 	}
 	a.trace.since(phaseMount, begin)
-	return e.load(ctx, i, b, a, log)
+	recorded := e.recordReads(i, layers)
+	err = e.load(ctx, i, b, a, log)
+	recorded(err)
+	return err
+}
+
+// layersWith are what a Function's load reads from: its Runtime's, and those of its code above them. They are nil if some are not known.
+func layersWith(b *booted, code *codeView) []prefetch.Layer {
+	above := code.tree.Layers()
+	if b.layers == nil || above == nil {
+		return nil
+	}
+	return append(slices.Clone(b.layers), above...)
 }
 
 // specialise gives a booted Instance what is its Function's: first the mark, from which there is no return, then log, limits, code

@@ -17,7 +17,7 @@ import (
 )
 
 // startFunction brings a claimed Instance to where its Function listens.
-func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) error {
+func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) (err error) {
 	if a.runtime != nil {
 		return e.startInRuntime(ctx, i, a)
 	}
@@ -61,6 +61,8 @@ func (e *Engine) startFunction(ctx context.Context, i *instance, a *activation) 
 	if err := e.serve(ctx, i, a.revision); err != nil {
 		return err
 	}
+	recorded := e.recordReads(i, root.Layers)
+	defer func() { recorded(err) }()
 	if err := launcher.Launch(ctx, launch{Root: root, Process: a.process, Writable: a.revision.WritableRoot}); err != nil {
 		return err
 	}

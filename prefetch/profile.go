@@ -1,40 +1,57 @@
 package prefetch
 
 import (
-	"cmp"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"math"
 	"path"
 	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/opencontainers/go-digest"
 )
 
+// Bounds of a profile, whoever made it.
 const (
-	profileVersion = 1
-	maxProfile     = 256 << 10 // bytes of a stored profile
-	maxFiles       = 4096
-	maxRanges      = 16384
-	maxPath        = 4096
+	maxLayers = 512
+	maxFiles  = 16384
+	maxRanges = 32768
+	maxPath   = 1024
+	maxStarts = 1_000_000
+	maxOrder  = 1 << 24
+	maxOffset = 1 << 44 // bytes, of a file
 )
 
-// Profile is what starts of an image have needed, in the order of first need.
+// blockBytes is what offsets and lengths are multiples of, whatever a machine's pages are.
+const blockBytes = 4096
+
+// Profile is what starts of an image have needed.
 type Profile struct {
-	Version int    `json:"version"`
-	Starts  int    `json:"starts"` // how many were observed
-	Files   []File `json:"files"`
+	// Starts is how many were recorded, on all nodes.
+	Starts int
+	// Weight is what those starts count together: the latest 1, each earlier one less.
+	Weight float64
+	// Lost is how many events the tracers lost in them: with any, starts have needed more than is said here.
+	Lost uint64
+	// Files are in the order in which a start first needs them.
+	Files []File
 }
 
-// File is a file of an image, by its absolute path there.
+// File is a file of a layer.
 type File struct {
-	Path   string  `json:"path"`
-	Ranges []Range `json:"ranges"` // ascending, apart from each other
+	Layer  digest.Digest // its diffID
+	Path   string        // from the layer's root: clean, relative
+	Ranges []Range       // ascending, apart from each other
 }
 
-// Range is part of a file, in bytes.
+// Range is part of a file, in multiples of 4 KiB; the last one may go beyond the file's end.
 type Range struct {
-	Offset int64 `json:"offset"`
-	Length int64 `json:"length"`
+	Offset, Length int64 // bytes
+	// Order is its place in the order of first need among all ranges of the profile; equal ones were needed at about the same time.
+	Order int
+	// Seen is how much of the profile's Weight are starts that needed it.
+	Seen float64
+	// AfterReady says that no start needed it before it was ready.
+	AfterReady bool
 }
 
 // Bytes is how much the profile names.
@@ -48,84 +65,99 @@ func (p *Profile) Bytes() int64 {
 	return n
 }
 
-// parseProfile reads a stored profile, which may be anything.
-func parseProfile(text []byte) (*Profile, error) {
-	if len(text) > maxProfile {
-		return nil, fmt.Errorf("profile of %d bytes is larger than %d", len(text), maxProfile)
+// Layers are the diffIDs of the layers that the profile knows something of, each once.
+func (p *Profile) Layers() []digest.Digest {
+	var list []digest.Digest
+	known := map[digest.Digest]bool{}
+	for _, f := range p.Files {
+		if !known[f.Layer] {
+			known[f.Layer] = true
+			list = append(list, f.Layer)
+		}
 	}
-	p := &Profile{}
-	if err := json.Unmarshal(text, p); err != nil {
-		return nil, fmt.Errorf("profile: %w", err)
-	}
-	return p, p.check()
+	return list
 }
 
+// check says what is wrong with a profile that comes from elsewhere, or nothing.
 func (p *Profile) check() error {
-	if p.Version != profileVersion || p.Starts < 1 {
-		return fmt.Errorf("profile: version %d of %d starts is not one of version %d", p.Version, p.Starts, profileVersion)
-	}
-	if len(p.Files) > maxFiles {
+	switch {
+	case p.Starts < 1 || p.Starts > maxStarts:
+		return fmt.Errorf("profile: of %d starts", p.Starts)
+	case !(p.Weight > 0) || p.Weight > float64(p.Starts):
+		return fmt.Errorf("profile: %d starts count as %v", p.Starts, p.Weight)
+	case len(p.Files) > maxFiles:
 		return fmt.Errorf("profile: %d files are more than %d", len(p.Files), maxFiles)
+	case len(p.Layers()) > maxLayers:
+		return fmt.Errorf("profile: more than %d layers", maxLayers)
 	}
-	ranges, sum := 0, int64(0)
+	type name struct {
+		layer digest.Digest
+		path  string
+	}
+	ranges, names := 0, map[name]bool{}
 	for _, f := range p.Files {
-		if len(f.Path) > maxPath || !path.IsAbs(f.Path) || path.Clean(f.Path) != f.Path {
-			return fmt.Errorf("profile: %q is not a clean absolute path", f.Path)
+		if err := f.check(p.Weight); err != nil {
+			return err
 		}
 		if ranges += len(f.Ranges); ranges > maxRanges {
 			return fmt.Errorf("profile: more than %d ranges", maxRanges)
 		}
-		end := int64(-1)
-		for _, r := range f.Ranges {
-			if r.Offset <= end || r.Length <= 0 || r.Offset > math.MaxInt64-r.Length || sum > math.MaxInt64-r.Length {
-				return fmt.Errorf("profile: ranges of %s are not ascending and apart", f.Path)
-			}
-			end = r.Offset + r.Length
-			sum += r.Length
+		if names[name{f.Layer, f.Path}] {
+			return fmt.Errorf("profile: %q is there twice", f.Path)
 		}
+		names[name{f.Layer, f.Path}] = true
 	}
 	return nil
 }
 
-// merge adds what another start has needed, after what is known.
-func (p *Profile) merge(other *Profile) {
-	p.Starts += other.Starts
-	at := map[string]int{}
-	for i, f := range p.Files {
-		at[f.Path] = i
+func (f *File) check(weight float64) error {
+	if err := f.Layer.Validate(); err != nil {
+		return fmt.Errorf("profile: layer: %w", err)
 	}
-	for _, f := range other.Files {
-		if i, ok := at[f.Path]; ok {
-			p.Files[i].Ranges = union(append(slices.Clone(p.Files[i].Ranges), f.Ranges...))
-		} else {
-			p.Files = append(p.Files, f)
+	if !goodPath(f.Path) {
+		return fmt.Errorf("profile: %q is not a clean relative path", f.Path)
+	}
+	if len(f.Ranges) == 0 {
+		return fmt.Errorf("profile: nothing of %q", f.Path)
+	}
+	end := int64(0)
+	for _, r := range f.Ranges {
+		switch {
+		case r.Offset < end || r.Length <= 0 || r.Length > maxOffset || r.Offset > maxOffset-r.Length:
+			return fmt.Errorf("profile: ranges of %q are not ascending and apart", f.Path)
+		case r.Offset%blockBytes != 0 || r.Length%blockBytes != 0:
+			return fmt.Errorf("profile: ranges of %q are not of whole blocks", f.Path)
+		case r.Order < 0 || r.Order > maxOrder:
+			return fmt.Errorf("profile: %q is number %d", f.Path, r.Order)
+		case !(r.Seen > 0) || r.Seen > weight*1.01: // it is rounded
+			return fmt.Errorf("profile: %q was seen %v times of %v", f.Path, r.Seen, weight)
 		}
+		end = r.Offset + r.Length
 	}
+	return nil
 }
 
-// union sorts ranges and joins those that touch.
-func union(ranges []Range) []Range {
-	slices.SortFunc(ranges, func(a, b Range) int { return cmp.Compare(a.Offset, b.Offset) })
-	var joined []Range
-	for _, r := range ranges {
-		last := len(joined) - 1
-		if last < 0 || r.Offset > joined[last].Offset+joined[last].Length {
-			joined = append(joined, r)
-			continue
-		}
-		joined[last].Length = max(joined[last].Length, r.Offset+r.Length-joined[last].Offset)
-	}
-	return joined
+// goodPath says whether a profile can name a file so.
+func goodPath(name string) bool {
+	return name != "" && name != "." && len(name) <= maxPath && path.Clean(name) == name && !path.IsAbs(name) &&
+		name != ".." && !strings.HasPrefix(name, "../") && utf8.ValidString(name) && !strings.ContainsRune(name, 0)
 }
 
-// encode is the opposite of parseProfile. A profile over the bounds is an error: it would not be read again.
-func (p *Profile) encode() ([]byte, error) {
-	if err := p.check(); err != nil {
-		return nil, err
+// first is where a file stands in the order of first need.
+func (f *File) first() int {
+	order := maxOrder
+	for _, r := range f.Ranges {
+		order = min(order, r.Order)
 	}
-	text, err := json.Marshal(p)
-	if err == nil && len(text) > maxProfile {
-		err = errors.New("profile: too large to keep")
+	return order
+}
+
+// clone is a copy that shares nothing that changes.
+func (p *Profile) clone() *Profile {
+	c := *p
+	c.Files = slices.Clone(p.Files)
+	for i := range c.Files {
+		c.Files[i].Ranges = slices.Clone(c.Files[i].Ranges)
 	}
-	return text, err
+	return &c
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/hearth-serverless/hearth/internal/bpf"
 	"github.com/hearth-serverless/hearth/internal/contentstore"
 	"github.com/hearth-serverless/hearth/internal/daemon"
+	"github.com/hearth-serverless/hearth/internal/host"
 	"github.com/hearth-serverless/hearth/internal/images"
 	"github.com/hearth-serverless/hearth/internal/keychain"
 	"github.com/hearth-serverless/hearth/internal/pki"
@@ -32,13 +33,13 @@ import (
 // options are what the flags say.
 type options struct {
 	node, root, socket, containerd, cgroup, snapshotterSocket, imageSocket, hostsDir, dockerConfig string
-
-	network   daemon.Network
-	keepBlobs bool
-	memory    int64
-	limits    layer.Limits
-	snaps     snapshotter.Config
-	engine    instance.Config
+	network                                                                                        daemon.Network
+	keepBlobs                                                                                      bool
+	memory                                                                                         int64
+	limits                                                                                         layer.Limits
+	snaps                                                                                          snapshotter.Config
+	engine                                                                                         instance.Config
+	ahead                                                                                          prefetch.Config
 }
 
 func main() {
@@ -62,9 +63,9 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.dockerConfig, "docker-config", "", "Docker's config.json with credentials for registries (default: $DOCKER_CONFIG or ~/.docker)")
 	daemon.BytesVar(f, &o.memory, "memory-budget", 128<<20, "memory for layers in flight, fetched and unpacked; nodeagent takes some 30 MiB besides")
 	f.BoolVar(&o.keepBlobs, "keep-blobs", false, "keep the compressed layers in containerd's content store too, for ctr images export, mirrors and pushing")
-	o.limits.Flags(f)
-	o.snaps.Flags(f)
-	o.engine.Flags(f)
+	for _, part := range []interface{ Flags(*pflag.FlagSet) }{&o.limits, &o.snaps, &o.engine, &o.ahead} {
+		part.Flags(f)
+	}
 }
 
 func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
@@ -76,13 +77,9 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	if err != nil {
 		return err
 	}
-	ahead, err := prefetch.New(prefetch.Config{Root: filepath.Join(o.root, "profiles"), Logger: rt.Log, Registerer: rt.Registry})
-	if err != nil {
-		return errors.Join(err, snaps.Close())
-	}
 	config := o.engine
 	config.Node, config.Root, config.Address, config.CgroupParent = o.node, o.root, o.containerd, o.cgroup
-	config.Credentials, config.Fetch, config.Prefetch = blobs.Credentials, snaps.Fetch, ahead
+	config.Credentials, config.Fetch = blobs.Credentials, snaps.Fetch
 	config.Phases = func(ref string) ([]instance.Phase, bool) { return phases(snaps, ref) }
 	config.Logger, config.Registerer = rt.Log, rt.Registry
 	group, ctx := errgroup.WithContext(ctx)
@@ -97,12 +94,13 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 			return nil
 		})
 	}
-	engine, err := instance.New(config)
-	if err != nil {
-		return errors.Join(err, snaps.Close())
-	}
+	o.ahead.Root, o.ahead.Logger, o.ahead.Registerer = filepath.Join(o.root, "profiles"), rt.Log, rt.Registry
+	o.ahead.Short = func() (bool, error) { return host.ShortOfMemory("/proc", o.engine.MemoryPressure) }
+	ahead, aheadErr := prefetch.New(o.ahead)
+	config.Prefetch = ahead
+	engine, engineErr := instance.New(config)
 	pulls, err := images.New(images.Config{Containerd: o.containerd, Credentials: blobs.Credentials, Fetch: snaps.Fetch, Progress: snaps.Pull})
-	if err != nil {
+	if err = errors.Join(aheadErr, engineErr, err); err != nil {
 		return errors.Join(err, snaps.Close())
 	}
 	mux := http.NewServeMux()
@@ -112,6 +110,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	group.Go(func() error { return snaps.Serve(ctx, o.snapshotterSocket) })
 	group.Go(func() error { return secrets.Serve(ctx, o.imageSocket, snaps.Fetch) })
 	group.Go(func() error { return engine.Run(ctx) })
+	group.Go(func() error { return ahead.Run(ctx) })
 	group.Go(func() error { return daemon.ServeUnix(ctx, o.socket, mux) })
 	group.Go(func() error { return o.network.Serve(ctx, rt.Log, mux, pki.Poolmanager, pki.Admin) })
 	group.Go(func() error { return rt.Ready.Follow(ctx, "containerd", engine.Ready) })

@@ -24,10 +24,10 @@ var floors = map[string]int{
 	"internal/relay": 0, "internal/pki": 0,
 	"api": 1, "registry": 1, "deploy": 1,
 	"internal/host": 1, "internal/daemon": 1, "internal/bpf": 1, "internal/waterfall": 1, "internal/logfile": 1, "internal/archtest": 1,
-	"internal/doctor": 2, "internal/keychain": 2, "internal/contentstore": 2, "internal/cripull": 2, "sidecar": 2,
+	"prefetch": 2, "internal/doctor": 2, "internal/keychain": 2, "internal/contentstore": 2, "internal/cripull": 2, "sidecar": 2,
 	"runtimes": 1,
 	"layer":    2,
-	"instance": 3, "snapshotter": 3, "prefetch": 3, "pool": 3, "scaler": 3, "internal/codepack": 3, "internal/register": 3,
+	"instance": 3, "snapshotter": 3, "pool": 3, "scaler": 3, "internal/codepack": 3, "internal/register": 3,
 	"gateway": 4, "internal/kube": 4, "internal/images": 4, "internal/stack": 4, "internal/release": 4,
 	"bench": 5, "internal/cli": 5,
 	"test": 6,
@@ -38,7 +38,7 @@ var floors = map[string]int{
 // Not listed are the words that everyone speaks: the standard library, golang.org/x, connect, protobuf, prometheus, digests
 // and containerd's error values.
 var families = map[string][]string{
-	"github.com/klauspost/compress":                          {"layer", "bench/images"},
+	"github.com/klauspost/compress":                          {"layer", "prefetch", "bench/images"},
 	"github.com/pierrec/lz4":                                 {"layer"},
 	"github.com/containerd/stargz-snapshotter":               {"layer"},
 	"github.com/cilium/ebpf":                                 {"internal/bpf"},

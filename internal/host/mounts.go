@@ -15,8 +15,12 @@ import (
 // MountInfo is where the kernel lists the mounts that the reader sees.
 const MountInfo = "/proc/self/mountinfo"
 
-// Mount is a line of MountInfo: where it is, the type of the file system.
-type Mount struct{ Point, Kind string }
+// Mount is a line of MountInfo: where it is, which directory of the file system that is, the type of the file system, its options
+// (not those of the mount), and its device as stat encodes it (of btrfs and the like, the device of no file).
+type Mount struct {
+	Point, Root, Kind, Options string
+	Device                     uint64
+}
 
 // Mounts reads MountInfo, or a file like it; what is mounted later comes later.
 func Mounts(path string) ([]Mount, error) {
@@ -46,7 +50,17 @@ func ParseMount(line string) (Mount, bool) {
 	if !ok || len(before) < 6 || len(after) < 1 {
 		return Mount{}, false
 	}
-	return Mount{Point: unescape(before[4]), Kind: after[0]}, true
+	m := Mount{Point: unescape(before[4]), Root: unescape(before[3]), Kind: after[0]}
+	if len(after) > 2 {
+		m.Options = unescape(after[2])
+	}
+	major, minor, _ := strings.Cut(before[2], ":")
+	a, errA := strconv.ParseUint(major, 10, 32)
+	b, errB := strconv.ParseUint(minor, 10, 32)
+	if errA == nil && errB == nil {
+		m.Device = unix.Mkdev(uint32(a), uint32(b))
+	}
+	return m, true
 }
 
 // unescape undoes the kernel's \040 for a blank, and the like.

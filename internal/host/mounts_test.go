@@ -26,6 +26,14 @@ func TestMountsWithin(t *testing.T) {
 	}
 }
 
+func TestParseMount(t *testing.T) {
+	got, ok := host.ParseMount(`23 22 7:300 / /run/a\040b rw,relatime shared:3 - overlay overlay rw,lowerdir=/x\040y:z`)
+	want := host.Mount{Point: "/run/a b", Root: "/", Kind: "overlay", Options: "rw,lowerdir=/x y:z", Device: 0x10072c}
+	if !ok || got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
 func FuzzParseMount(f *testing.F) {
 	f.Add(`23 22 0:2 / /run/a\040b rw,relatime shared:3 - overlay overlay rw,lowerdir=x`)
 	f.Add(`1 1 1:1 / \777\04 rw - `)

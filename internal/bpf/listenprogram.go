@@ -2,7 +2,6 @@ package bpf
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 
@@ -31,8 +30,6 @@ type listen struct {
 	at      place
 	address netip.Addr
 }
-
-var errRecord = errors.New("malformed record")
 
 // decode reads one record. The kernel may hand over more bytes than were written, never fewer.
 func decode(b []byte) (listen, error) {
@@ -67,54 +64,15 @@ func kernelFields() (fields, error) {
 		return fields{}, err
 	}
 	var f fields
-	for _, want := range []struct {
-		in   string
-		path []string
-		to   *int32
-	}{
+	err = locate(spec, []field{
 		{"sock_common", []string{"skc_family"}, &f.family},
 		{"sock_common", []string{"skc_num"}, &f.port},
 		{"sock_common", []string{"skc_rcv_saddr"}, &f.addr4},
 		{"sock_common", []string{"skc_v6_rcv_saddr"}, &f.addr6},
 		{"sock_common", []string{"skc_net", "net"}, &f.net},
 		{"net", []string{"ns", "inum"}, &f.inum},
-	} {
-		var s *btf.Struct
-		if err := spec.TypeByName(want.in, &s); err != nil {
-			return fields{}, fmt.Errorf("struct %s: %w", want.in, err)
-		}
-		bits, ok := offsetOf(s, want.path)
-		if !ok {
-			return fields{}, fmt.Errorf("struct %s has no %v", want.in, want.path)
-		}
-		*want.to = int32(bits / 8)
-	}
-	return f, nil
-}
-
-// offsetOf finds a member by the path of names that lead to it, through unnamed structs and unions; in bits.
-func offsetOf(t btf.Type, path []string) (uint32, bool) {
-	var members []btf.Member
-	switch t := btf.UnderlyingType(t).(type) {
-	case *btf.Struct:
-		members = t.Members
-	case *btf.Union:
-		members = t.Members
-	}
-	for _, m := range members {
-		rest := path
-		if m.Name == path[0] {
-			if rest = path[1:]; len(rest) == 0 {
-				return uint32(m.Offset), true
-			}
-		} else if m.Name != "" {
-			continue
-		}
-		if inner, ok := offsetOf(m.Type, rest); ok {
-			return uint32(m.Offset) + inner, true
-		}
-	}
-	return 0, false
+	})
+	return f, err
 }
 
 // listenProgram is called for every change of state of every TCP socket of the host, with the socket, its old and its new
@@ -122,14 +80,6 @@ func offsetOf(t btf.Type, path []string) (uint32, bool) {
 func listenProgram(ring int, f fields) asm.Instructions {
 	const record = -recordBytes // of the frame pointer
 	const pointer = record - 8
-	read := func(dst int32, size int32, base asm.Register, off int32) asm.Instructions {
-		return asm.Instructions{
-			asm.Mov.Reg(asm.R1, asm.RFP), asm.Add.Imm(asm.R1, dst),
-			asm.Mov.Imm(asm.R2, size),
-			asm.Mov.Reg(asm.R3, base), asm.Add.Imm(asm.R3, off),
-			asm.FnProbeReadKernel.Call(),
-		}
-	}
 	p := asm.Instructions{
 		asm.LoadMem(asm.R6, asm.R1, 16, asm.DWord), // the new state
 		asm.JNE.Imm32(asm.R6, tcpListen, "exit"),
@@ -139,17 +89,17 @@ func listenProgram(ring int, f fields) asm.Instructions {
 	for off := int16(pointer); off < 0; off += 8 {
 		p = append(p, asm.StoreMem(asm.RFP, off, asm.R0, asm.DWord))
 	}
-	p = append(p, read(record+recordPort, 2, asm.R7, f.port)...)
-	p = append(p, read(record+recordFamily, 2, asm.R7, f.family)...)
-	p = append(p, read(pointer, 8, asm.R7, f.net)...)
+	p = append(p, readKernel(record+recordPort, 2, asm.R7, f.port)...)
+	p = append(p, readKernel(record+recordFamily, 2, asm.R7, f.family)...)
+	p = append(p, readKernel(pointer, 8, asm.R7, f.net)...)
 	p = append(p, asm.LoadMem(asm.R8, asm.RFP, pointer, asm.DWord))
-	p = append(p, read(record+recordNetns, 4, asm.R8, f.inum)...)
+	p = append(p, readKernel(record+recordNetns, 4, asm.R8, f.inum)...)
 	p = append(p,
 		asm.LoadMem(asm.R8, asm.RFP, record+recordFamily, asm.Half),
 		asm.JEq.Imm(asm.R8, familyIPv6, "ipv6"))
-	p = append(p, read(record+recordAddr, 4, asm.R7, f.addr4)...)
+	p = append(p, readKernel(record+recordAddr, 4, asm.R7, f.addr4)...)
 	p = append(p, asm.Ja.Label("send"))
-	v6 := read(record+recordAddr, 16, asm.R7, f.addr6)
+	v6 := readKernel(record+recordAddr, 16, asm.R7, f.addr6)
 	v6[0] = v6[0].WithSymbol("ipv6")
 	p = append(p, v6...)
 	return append(p,
