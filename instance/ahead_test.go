@@ -18,6 +18,7 @@ import (
 
 	"github.com/hearth-serverless/hearth/instance"
 	"github.com/hearth-serverless/hearth/prefetch"
+	"github.com/hearth-serverless/hearth/prefetch/trace"
 )
 
 // reader counts what is asked of a Prefetcher, whose recordings it makes itself.
@@ -62,7 +63,7 @@ type recording struct {
 
 func (r *recording) Ready() { r.ready = true }
 
-func (r *recording) End() (prefetch.Trace, error) {
+func (r *recording) End() (trace.Trace, error) {
 	r.r.mu.Lock()
 	defer r.r.mu.Unlock()
 	outcome := "failed"
@@ -70,7 +71,7 @@ func (r *recording) End() (prefetch.Trace, error) {
 		outcome = "ready"
 	}
 	r.r.ended = append(r.r.ended, outcome)
-	return prefetch.Trace{}, nil
+	return trace.Trace{}, nil
 }
 
 var oneLayer = []prefetch.Layer{{DiffID: digest.FromString("layer"), Dir: "/layer"}}

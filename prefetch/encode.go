@@ -85,7 +85,7 @@ func (p *Profile) encode() ([]byte, error) {
 	if len(text) > maxDecoded || len(p.Files) > maxFiles {
 		return nil, nil
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderConcurrency(1))
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(128<<10))
 	if err != nil {
 		return nil, fmt.Errorf("encode profile: %w", err)
 	}

@@ -3,7 +3,7 @@ package prefetch
 import "time"
 
 // Followed, Joined and Plan are what a Prefetcher does with profiles.
-func (p *Profile) Followed(start *Profile) *Profile  { return p.followed(start) }
+func (p *Profile) Followed(start *Profile) *Profile { return p.followed(start) }
 func (p *Profile) Joined(foreign *Profile) *Profile { return p.joined(foreign) }
 
 // Check says what would be wrong with a profile if it came from elsewhere.

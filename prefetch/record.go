@@ -1,12 +1,16 @@
 package prefetch
 
-import "slices"
+import (
+	"slices"
+
+	"github.com/hearth-serverless/hearth/prefetch/trace"
+)
 
 // fileID names a file on this machine.
 type fileID struct{ device, inode uint64 }
 
 // wanted are the files of a trace, each once.
-func (t *Trace) wanted() map[fileID]bool {
+func wanted(t trace.Trace) map[fileID]bool {
 	ids := map[fileID]bool{}
 	for _, a := range t.Accesses {
 		ids[fileID{a.Device, a.Inode}] = true
@@ -15,7 +19,7 @@ func (t *Trace) wanted() map[fileID]bool {
 }
 
 // profileOf makes a start's profile of its trace. What is in no layer, and so not in places, is left out. It is nil if nothing is left.
-func profileOf(t Trace, places map[fileID]fileKey) *Profile {
+func profileOf(t trace.Trace, places map[fileID]fileKey) *Profile {
 	p := &Profile{Starts: 1, Weight: 1, Lost: t.Lost}
 	at := map[fileKey]int{}
 	for order, a := range t.Accesses {
@@ -62,4 +66,29 @@ func cover(list []Range, r Range) []Range {
 		r.cut(list[i].end())
 	}
 	return slices.Replace(list, first, i, append(add, r)...)
+}
+
+// withKnown adds to a start's profile what is known, as if the start had needed it: for a tracer that does not see what is found in
+// memory, and so cannot tell what was not needed.
+func (p *Profile) withKnown(known *Profile) *Profile {
+	if known == nil {
+		return p
+	}
+	sum := p.clone()
+	at := map[fileKey]int{}
+	for i, f := range sum.Files {
+		at[fileKey{f.Layer, f.Path}] = i
+	}
+	for _, f := range known.Files {
+		i, ok := at[fileKey{f.Layer, f.Path}]
+		if !ok {
+			i = len(sum.Files)
+			sum.Files = append(sum.Files, File{Layer: f.Layer, Path: f.Path})
+		}
+		for _, r := range f.Ranges {
+			r.Seen = p.Weight
+			sum.Files[i].Ranges = cover(sum.Files[i].Ranges, r)
+		}
+	}
+	return sum
 }

@@ -3,6 +3,8 @@ package prefetch
 import (
 	"sync"
 	"time"
+
+	"github.com/hearth-serverless/hearth/prefetch/trace"
 )
 
 const (
@@ -125,19 +127,22 @@ func (s *Start) End() {
 }
 
 // learn merges what was recorded into the image's profile.
-func (s *Start) learn(t Trace) {
+func (s *Start) learn(t trace.Trace) {
 	f := s.f
 	report := f.takeReport(s)
 	places := map[fileID]fileKey{}
+	blind := t.Method == trace.EBPFCold // to what is in memory, as all is that was read ahead
 	if report != nil {
-		report.compare(f, s.image, t)
+		if !blind {
+			report.compare(f, s.image, t)
+		}
 		report.mu.Lock()
 		for id, key := range report.files {
 			places[id] = key
 		}
 		report.mu.Unlock()
 	}
-	resolve(s.image.Layers, t.wanted(), places, time.Now().Add(learnTime))
+	resolve(s.image.Layers, wanted(t), places, time.Now().Add(learnTime))
 	start := profileOf(t, places)
 	if start == nil {
 		f.metrics.recordings.WithLabelValues(outcomeNothing).Inc()
@@ -147,6 +152,9 @@ func (s *Start) learn(t Trace) {
 	p, encoded, err := f.store.change(s.image.ChainID, func(own *Profile) *Profile {
 		if own != nil {
 			before = own.Starts
+		}
+		if blind {
+			start = start.withKnown(own)
 		}
 		return own.followed(start)
 	})
@@ -177,7 +185,7 @@ func (f *Prefetcher) takeReport(s *Start) *report {
 }
 
 // compare counts what was read ahead and needed, and what was not.
-func (r *report) compare(f *Prefetcher, image Image, t Trace) {
+func (r *report) compare(f *Prefetcher, image Image, t trace.Trace) {
 	needed := map[fileID][]Range{}
 	for _, a := range t.Accesses {
 		id := fileID{a.Device, a.Inode}

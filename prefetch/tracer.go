@@ -1,18 +1,10 @@
 package prefetch
 
-// Access is part of a file that a container has read or mapped.
-type Access struct {
-	Device, Inode  uint64 // Device as stat's st_dev has it
-	Offset, Length int64  // bytes
-	Ready          bool   // after Recording.Ready
-}
+import (
+	"log/slog"
 
-// Trace is what containers have needed, in the order of first need.
-type Trace struct {
-	Accesses []Access
-	Lost     uint64 // events
-	Method   string
-}
+	"github.com/hearth-serverless/hearth/prefetch/trace"
+)
 
 // Tracer records what containers read.
 type Tracer interface {
@@ -25,5 +17,25 @@ type Recording interface {
 	// Ready says that what comes now is not needed for getting ready.
 	Ready()
 	// End ends it, whatever it returns.
-	End() (Trace, error)
+	End() (trace.Trace, error)
+}
+
+// kernel is the Tracer that the kernel's tracepoints make.
+type kernel struct{ tracer *trace.Tracer }
+
+func (k kernel) Begin(cgroups, roots []string) (Recording, error) {
+	return k.tracer.Begin(cgroups, roots)
+}
+
+// Trace has starts recorded as well as this kernel can; if it cannot, the log says so. What is recorded ends with the process.
+func (c *Config) Trace(log *slog.Logger) {
+	if c.Mode == ModeNone {
+		return
+	}
+	tracer, err := trace.New(log)
+	if err != nil {
+		log.Warn("what starts read cannot be recorded: they are helped by what is known already, or shared", "reason", err)
+		return
+	}
+	c.Tracer = kernel{tracer}
 }

@@ -96,6 +96,7 @@ func (o *options) run(ctx context.Context, rt *daemon.Runtime) error {
 	}
 	o.ahead.Root, o.ahead.Logger, o.ahead.Registerer = filepath.Join(o.root, "profiles"), rt.Log, rt.Registry
 	o.ahead.Short = func() (bool, error) { return host.ShortOfMemory("/proc", o.engine.MemoryPressure) }
+	o.ahead.Trace(rt.Log)
 	ahead, aheadErr := prefetch.New(o.ahead)
 	config.Prefetch = ahead
 	engine, engineErr := instance.New(config)
