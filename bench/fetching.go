@@ -24,8 +24,17 @@ import (
 // what was while a layer had nothing to be unpacked, so that the link was the bound and not the unpacking.
 type fetching struct{ bytes, seconds, starvedBytes, starvedSeconds float64 }
 
-// fetched asks a nodeagent's metrics, which are on a Unix socket.
+// fetched asks a nodeagent's metrics.
 func fetched(ctx context.Context, socket string) (f fetching, err error) {
+	err = scrape(ctx, socket, func(metrics io.Reader) error {
+		f, err = parseFetching(metrics)
+		return err
+	})
+	return f, err
+}
+
+// scrape reads a nodeagent's metrics, which are on a Unix socket.
+func scrape(ctx context.Context, socket string, read func(metrics io.Reader) error) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -34,14 +43,14 @@ func fetched(ctx context.Context, socket string) (f fetching, err error) {
 	defer transport.CloseIdleConnections()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://nodeagent/metrics", nil)
 	if err != nil {
-		return f, err
+		return err
 	}
 	resp, err := (&http.Client{Transport: transport}).Do(req)
 	if err != nil {
-		return f, fmt.Errorf("read nodeagent's metrics: %w", err)
+		return fmt.Errorf("read nodeagent's metrics: %w", err)
 	}
 	defer resp.Body.Close()
-	return parseFetching(resp.Body)
+	return read(resp.Body)
 }
 
 // parseFetching reads counters without labels from Prometheus' text.
@@ -96,7 +105,9 @@ const (
 )
 
 // isBound says whether a system is no peer.
-func isBound(system string) bool { return system == onlyFetch || system == hearthFetch }
+func isBound(system string) bool {
+	return system == onlyFetch || system == hearthFetch || system == needed
+}
 
 // fetchOnly fetches layers as fast as a link allows, and returns how long that took.
 func fetchOnly(ctx context.Context, address, repository string, layers []images.Layer) (time.Duration, error) {

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hearth-serverless/hearth/bench/disk"
 )
 
 // Machine says where a run took place.
@@ -20,6 +22,15 @@ type Machine struct {
 	Kernel      string `json:"kernel"`
 	OS          string `json:"os"`
 	Go          string `json:"go"`
+	// Disks that a suite was run on, by name, as they were when it began.
+	Disks map[string]disk.Measured `json:"disks,omitempty"`
+}
+
+func (m *Machine) addDisk(name string, d disk.Measured) {
+	if m.Disks == nil {
+		m.Disks = map[string]disk.Measured{}
+	}
+	m.Disks[name] = d
 }
 
 // ThisMachine reads the machine's description; what cannot be read stays empty.

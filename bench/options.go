@@ -26,7 +26,7 @@ type Options struct {
 	Systems []string
 	// Faults are the cases of pull-faults; empty is all of them.
 	Faults []string
-	// Cases of handoff, as RUNTIME/DEGREE/N; empty is the suite's own choice.
+	// Cases of handoff, as RUNTIME/DEGREE/N, of k8s-start, or of prefetch, as IMAGE/DISK; empty is the suite's own choice.
 	Cases []string
 	// Image is one of any registry, which is pulled beside Images, or alone.
 	Image string
@@ -89,6 +89,7 @@ func suites() map[string]func(context.Context, *Options, *Report) error {
 		"start":       startSuite,
 		"handoff":     handoffSuite,
 		"k8s-start":   kubernetesSuite,
+		"prefetch":    prefetchSuite,
 		"demo":        demoSuite,
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/hearth-serverless/hearth/bench/disk"
 	"github.com/hearth-serverless/hearth/internal/stack"
 )
 
@@ -90,7 +91,7 @@ func startPodNode(ctx context.Context, o *Options, dir string) (_ *podNode, err 
 	}
 	n.stop = func() error {
 		p.stop()
-		return errors.Join(unmountAll(sockets), os.RemoveAll(sockets))
+		return errors.Join(disk.Unmount(sockets), os.RemoveAll(sockets))
 	}
 	if err := p.await(ctx, "unix", n.socket); err != nil {
 		return nil, errors.Join(err, n.stop())

@@ -7,11 +7,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hearth-serverless/hearth/bench/disk"
 )
 
 // scratch is a new ext4 file system in a sparse file. Each round of a benchmark takes a new one: on a file system where
@@ -62,43 +62,15 @@ func (s *scratch) format(ctx context.Context) error {
 
 // remove unmounts the file system, with what a containerd left mounted in it, and deletes its file.
 func (s *scratch) remove() error {
-	if err := unmountAll(s.Dir); err != nil {
+	if err := disk.Unmount(s.Dir); err != nil {
 		return err
 	}
 	return errors.Join(ignoreMissing(os.Remove(s.file)), ignoreMissing(os.Remove(s.Dir)))
 }
 
-// unmountAll unmounts dir and all that is mounted below it, the latest first.
-func unmountAll(dir string) error {
-	points, err := mountPoints()
-	if err != nil {
-		return err
-	}
-	for _, point := range slices.Backward(points) {
-		if point != dir && !strings.HasPrefix(point, dir+"/") {
-			continue
-		}
-		if err := unmount(point); err != nil {
-			return fmt.Errorf("unmount %s: %w", point, err)
-		}
-	}
-	return nil
-}
-
-// unmount waits for who is about to leave: the kernel ends what was unmounted lazily, as images of layers are, in its own time, and
-// on a busy machine that is after the call.
-func unmount(point string) (err error) {
-	const patience, pause = 10 * time.Second, 20 * time.Millisecond
-	for end := time.Now().Add(patience); ; time.Sleep(pause) {
-		if err = unix.Unmount(point, 0); !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
-			return err
-		}
-	}
-}
-
 // mountsBelow are the mounts below dir, itself not among them.
 func mountsBelow(dir string) (map[string]bool, error) {
-	points, err := mountPoints()
+	points, err := disk.MountPoints()
 	below := map[string]bool{}
 	for _, point := range points {
 		if strings.HasPrefix(point, dir+"/") {
@@ -106,21 +78,6 @@ func mountsBelow(dir string) (map[string]bool, error) {
 		}
 	}
 	return below, err
-}
-
-// mountPoints of this namespace, the latest last.
-func mountPoints() ([]string, error) {
-	data, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil, fmt.Errorf("read mounts: %w", err)
-	}
-	var points []string
-	for line := range strings.Lines(string(data)) {
-		if fields := strings.Fields(line); len(fields) > 4 {
-			points = append(points, fields[4])
-		}
-	}
-	return points, nil
 }
 
 func ignoreMissing(err error) error {

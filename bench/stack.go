@@ -27,10 +27,12 @@ type machineStack struct {
 	ended      chan error
 }
 
-// stackOptions of a machineStack: with a registry or without, and how many sandboxes are kept warm, -1 for none.
+// stackOptions of a machineStack: with a registry or without, how many sandboxes are kept warm, -1 for none, and flags
+// of nodeagent.
 type stackOptions struct {
 	registry bool
 	pool     int
+	node     []string
 }
 
 // startStack brings Hearth up with its data in dir. Sockets go to a short path, as their names must be.
@@ -44,7 +46,7 @@ func startStack(ctx context.Context, o *Options, dir string, options stackOption
 	up := make(chan *stack.Status, 1)
 	config := stack.Config{
 		Name: filepath.Base(run), Root: filepath.Join(dir, "hearth"), Run: run, Tools: o.Tools, Bin: o.Bin,
-		GatewayAddress: "127.0.0.1:0", Registry: options.registry, RegistryAddress: "127.0.0.1:0", PoolSize: options.pool,
+		GatewayAddress: "127.0.0.1:0", Registry: options.registry, RegistryAddress: "127.0.0.1:0", PoolSize: options.pool, NodeFlags: options.node,
 	}
 	if options.pool > 0 { // a suite that starts functions has time for the story
 		config.Progress = func(line string) { o.say("%s", line) }
@@ -108,8 +110,13 @@ func (s *machineStack) deploy(ctx context.Context, o *Options, name string) erro
 	if err != nil {
 		return err
 	}
+	return s.deployImage(ctx, o, name, ref)
+}
+
+// deployImage deploys an image of a registry.
+func (s *machineStack) deployImage(ctx context.Context, o *Options, name, ref string) error {
 	o.say("deploying %s", name)
-	_, err = s.functions.Apply(ctx, connect.NewRequest(&hearthv1.ApplyRequest{
+	_, err := s.functions.Apply(ctx, connect.NewRequest(&hearthv1.ApplyRequest{
 		Function: &hearthv1.Function{Name: name, Spec: &hearthv1.FunctionSpec{Image: ref}},
 		Prepare:  true,
 	}))

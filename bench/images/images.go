@@ -13,6 +13,9 @@
 //
 // On SIGTERM it takes no more connections, lets the requests under way end, and exits with status 0.
 //
+// Two keep only what a start takes of it, and are there to be started: flask, which is a small web service of Python's, and
+// large-java, around the largest Java program that Debian packages, Kotlin's compiler, which has worked once before it listens.
+//
 // The images called runtime-NAME hold no function: they boot the Runtime of that name, with the loader of package runtimes.
 package images
 
@@ -38,11 +41,12 @@ type Config struct {
 
 // Names returns the images there are. Those of the first line are what people run, the slowest to build first; those of the
 // second have the shape that their name says, which is hard on who unpacks it, and are made of the first ones' files; those of
-// the third boot a Runtime and wait for a Function.
+// the third are there to be started, and those of the fourth boot a Runtime and wait for a Function.
 func Names() []string {
 	return []string{
 		"python", "java", "node", "go", "pause",
 		"fat", "layers", "smallfiles", "torture",
+		"flask", "large-java",
 		"runtime-python", "runtime-java", "runtime-node", "runtime-native",
 	}
 }

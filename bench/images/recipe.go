@@ -97,6 +97,24 @@ func recipeOf(name string) (recipe, bool) {
 			Source:   source("function.js"),
 			Cmd:      []string{"node", appDir + "/function.js"},
 		}, true
+	case "flask":
+		return recipe{
+			Packages: []string{"python3", "python3-flask"},
+			File:     "function.py",
+			Source:   source("function.py"),
+			Cmd:      []string{"python3", appDir + "/function.py"},
+		}, true
+	case "large-java":
+		const library = "/usr/share/kotlin/kotlinc/lib/*"
+		return recipe{
+			Packages: []string{"openjdk-17-jre-headless", "kotlin"},
+			Compiler: []string{"openjdk-17-jdk-headless"},
+			Compile:  []string{"javac", "-cp", library, "Compiler.java"},
+			Output:   "*.class",
+			File:     "Compiler.java",
+			Source:   source("Compiler.java"),
+			Cmd:      []string{"java", "-Dsun.net.httpserver.nodelay=true", "-cp", appDir + ":" + library, "Compiler"},
+		}, true
 	case "go":
 		return recipe{File: "function", Source: source("main.go"), Cmd: []string{"/function"}}, true
 	case "pause":

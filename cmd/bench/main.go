@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/hearth-serverless/hearth/bench"
+	"github.com/hearth-serverless/hearth/bench/disk"
 	"github.com/hearth-serverless/hearth/bench/images"
 	"github.com/hearth-serverless/hearth/internal/daemon"
 	"github.com/hearth-serverless/hearth/test/cluster"
@@ -54,6 +55,8 @@ Suites:
                runtime or a frozen revision; beside plain pods of containerd's own CRI
   pull         what a pull takes, in cases IMAGE/ENCODING/LINK; beside containerd's defaults and others
   pull-faults  whether a pull ends as it should when the registry, the disk or a daemon fails
+  prefetch     from a request to its answer with nothing of the image in memory, in cases IMAGE/DISK; beside the same
+               without prefetch, and with the whole image read ahead
   k8s-start    on a cluster, from a request for a function at zero to the last byte, in cases RUNTIME/DEGREE[/N]; beside
                a Deployment that is scaled to one ($KUBECONFIG; without it a cluster is made for it)
   demo         a short start suite, with the waterfall of one cold start`,
@@ -84,14 +87,16 @@ Suites:
 	list(&o.Links, "links", "over which they come", bench.Links())
 	list(&o.Systems, "systems", "which are compared", bench.Systems())
 	list(&o.Faults, "faults", "faults that pull-faults brings about", bench.Faults())
-	list(&o.Cases, "cases", "cases of handoff and k8s-start", []string{"RUNTIME/DEGREE/N, like python/runtime/1, java/revision/10, image/sandbox/50"})
+	list(&o.Cases, "cases", "cases of handoff and k8s-start", []string{"RUNTIME/DEGREE/N, like python/runtime/1, java/revision/10, image/sandbox/50; of prefetch: IMAGE/DISK, like java/limited"})
 	root.Flags().StringVar(&o.Image, "image", "", "an image of any registry, pulled beside --images or alone")
 	root.Flags().StringVar(&o.Gateway, "gateway", "", "URL of a cluster's gateway (default: one that is found by its pods)")
 	root.Flags().StringVar(&o.Registry, "registry", "", "HOST[:PORT] of a registry that a cluster's nodes pull from")
 	root.Flags().StringVar(&o.Function, "function", "", "image that start and demo deploy (default python), and handoff (default go)")
 	json := root.Flags().String("json", "", "file for the rows and all samples")
 	root.RunE = func(cmd *cobra.Command, args []string) error { return runSuite(cmd, args[0], o, *json) }
-	root.AddCommand(imagesCommand(&o))
+	root.AddCommand(imagesCommand(&o), &cobra.Command{Use: bench.ServeDisk, Hidden: true, Args: cobra.ExactArgs(1), RunE: func(_ *cobra.Command, args []string) error {
+		return disk.Serve(args[0], os.Stdin, os.Stdout)
+	}})
 	return root
 }
 

@@ -46,6 +46,7 @@ var families = map[string][]string{
 	"github.com/pelletier/go-toml":                           {"internal/doctor"},
 	"github.com/google/go-containerregistry":                 {"bench/images"},
 	"github.com/spf13/cobra":                                 {"internal/cli", "internal/daemon", "cmd/bench"},
+	"github.com/hanwen/go-fuse":                              {"bench/disk"},
 	"k8s.io/client-go":                                       {"internal/kube"},
 	"sigs.k8s.io/controller-runtime":                         {"internal/kube"},
 	"k8s.io/cri-api":                                         {"instance", "bench", "internal/keychain", "internal/images", "internal/cripull"},

@@ -48,6 +48,8 @@ type Config struct {
 	Sidecar bool
 	// Subnet gives Instances their addresses. Default: a free one is chosen.
 	Subnet netip.Prefix
+	// NodeFlags are more flags of nodeagent, for measurements.
+	NodeFlags []string
 	// LocalPull has the CRI pull by its older path instead of the Transfer service.
 	LocalPull bool
 	// LogLevel of Hearth's daemons. Default info.

@@ -50,7 +50,7 @@ func (c Config) specs(environ []string) map[string]spec {
 		nameGateway:    gateway,
 		nameContainerd: tool(nameContainerd, 10*time.Second, probeDial("unix", p.containerdSocket()), "--config", p.containerdConfig()),
 		nameRegistry:   tool(nameRegistry, 5*time.Second, probeDial("tcp", c.RegistryAddress), "serve", p.registryConfig()),
-		nameNodeagent: own(nameNodeagent, 15*time.Second,
+		nameNodeagent: own(nameNodeagent, 15*time.Second, append([]string{
 			"--name", c.nodeName(),
 			"--root", p.nodeRoot(),
 			"--socket", p.nodeSocket(),
@@ -61,7 +61,8 @@ func (c Config) specs(environ []string) map[string]spec {
 			"--network-dir", p.networkDir(),
 			"--hosts-dir", c.HostsDir,
 			"--share-profiles", c.shareProfiles(),
-			"--sidecar", c.sidecar()),
+			"--sidecar", c.sidecar(),
+		}, c.NodeFlags...)...),
 		namePoolmanager: own(namePoolmanager, 10*time.Second,
 			"--store", p.store(),
 			"--rpc-socket", p.poolSocket(),
