@@ -51,6 +51,7 @@ type Engine struct {
 
 	versions versions
 	starts   *starts
+	imports  importBook
 
 	mu        sync.Mutex // guards what follows; taken before an instance's mu, never after it
 	instances map[string]*instance

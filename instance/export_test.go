@@ -176,10 +176,28 @@ func (l Loader) Greet(ctx context.Context) (*Greeting, error) { return l.greet(c
 // MissingLibraries describes what was not preloaded.
 func (g *greeting) MissingLibraries() []string { return g.missingLibraries() }
 
-// Load has a Function loaded.
-func (l Loader) Load(ctx context.Context, q LoadQuestion) ([]LoadPhase, bool, error) {
-	return l.load(ctx, q)
+// Load has a Function loaded; told hears what it imports.
+func (l Loader) Load(ctx context.Context, q LoadQuestion, told ...func([]ImportedModule, time.Duration)) ([]LoadPhase, bool, error) {
+	return l.load(ctx, q, func(list imports, took time.Duration) {
+		for _, tell := range told {
+			tell(list.Modules, took)
+		}
+	})
 }
+
+// ImportedModule is one that a loader tells of.
+type ImportedModule = importedModule
+
+// ImportBook is what an engine remembers of imports.
+type ImportBook struct{ b importBook }
+
+// Add takes in a start.
+func (b *ImportBook) Add(runtime string, generation int64, function string, modules []ImportedModule, took time.Duration) {
+	b.b.add(&booted{name: runtime, generation: generation}, function, imports{modules}, took)
+}
+
+// List describes what is known.
+func (b *ImportBook) List(runtime string) []*hearthv1.RuntimeImports { return b.b.list(runtime) }
 
 // Thawed tells of a thaw.
 func (l Loader) Thawed(ctx context.Context, frozenFor time.Duration) error {

@@ -45,6 +45,9 @@ type loader struct {
 	err    error      // why nothing more comes, once done
 	closed bool       // by us
 	prompt bool       // by its greeting
+
+	begun, loaded time.Time                    // when it was asked to load, and when it had
+	imports       func(imports, time.Duration) // is told, once, what the load has imported, and how long it took
 }
 
 // word is a line of a loader's. One of its fields is set.
@@ -54,6 +57,7 @@ type word struct {
 	Failed    *failed   `json:"failed"`
 	Executing *struct{} `json:"executing"`
 	Resumed   *struct{} `json:"resumed"`
+	Imported  *imports  `json:"imported"`
 }
 
 // greeting is the word that a connection begins with.
@@ -82,6 +86,7 @@ type loadQuestion struct {
 	Address   string            `json:"address"`
 	Env       map[string]string `json:"env"`
 	Seed      []byte            `json:"seed"`
+	Imports   bool              `json:"imports"` // are to be told, when there is nothing else to do
 }
 
 type thawedQuestion struct {
@@ -132,7 +137,7 @@ func parseWord(line []byte) (word, error) {
 		return word{}, fmt.Errorf("the loader's word is malformed: %w", err)
 	}
 	said := 0
-	for _, is := range []bool{w.Ready != nil, w.Loaded != nil, w.Failed != nil, w.Executing != nil, w.Resumed != nil} {
+	for _, is := range []bool{w.Ready != nil, w.Loaded != nil, w.Failed != nil, w.Executing != nil, w.Resumed != nil, w.Imported != nil} {
 		if is {
 			said++
 		}
@@ -175,15 +180,43 @@ func (l *loader) readWords() error {
 		if err != nil {
 			return err
 		}
-		l.mu.Lock()
-		to := l.asked
-		l.asked = nil
-		l.mu.Unlock()
-		if to == nil {
-			return errors.New("the loader spoke without having been asked")
+		if err := l.pass(w); err != nil {
+			return err
 		}
-		to <- w // has room for one
 	}
+}
+
+// pass passes a word on to whom it is meant for.
+func (l *loader) pass(w word) error {
+	if w.Imported != nil {
+		return l.tell(*w.Imported)
+	}
+	l.mu.Lock()
+	to := l.asked
+	l.asked = nil
+	if w.Loaded != nil {
+		l.loaded = time.Now()
+	}
+	l.mu.Unlock()
+	if to == nil {
+		return errors.New("the loader spoke without having been asked")
+	}
+	to <- w // has room for one
+	return nil
+}
+
+// tell passes on what a load has imported, which comes whenever the loader finds the time for it.
+func (l *loader) tell(list imports) error {
+	l.mu.Lock()
+	tell, took := l.imports, l.loaded.Sub(l.begun)
+	l.imports = nil
+	early := l.loaded.IsZero()
+	l.mu.Unlock()
+	if tell == nil || early {
+		return errors.New("the loader tells of imports without having been asked, or before it has loaded anything")
+	}
+	tell(list, took)
+	return nil
 }
 
 var errLoaderGone = errors.New("the loader ended the connection")
@@ -305,9 +338,13 @@ func (g *greeting) missingLibraries() []string {
 	return list
 }
 
-// load has the loader load a Function. executing is whether it became the Function's process, which may not listen yet.
-func (l *loader) load(ctx context.Context, q loadQuestion) (phases []loadPhase, executing bool, err error) {
-	q.Seed = seed()
+// load has the loader load a Function. executing is whether it became the Function's process, which may not listen yet. told hears later
+// what was imported, and how long the load took, if the loader tells; it must not block.
+func (l *loader) load(ctx context.Context, q loadQuestion, told func(imports, time.Duration)) (phases []loadPhase, executing bool, err error) {
+	q.Seed, q.Imports = seed(), true
+	l.mu.Lock()
+	l.begun, l.imports = time.Now(), told
+	l.mu.Unlock()
 	w, err := l.ask(ctx, "load", q)
 	switch {
 	case err != nil:

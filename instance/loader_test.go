@@ -306,6 +306,9 @@ func FuzzLoader(f *testing.F) {
 	f.Add([]byte(readyLine + readyLine))
 	f.Add([]byte("{\"ready\":{\"protocol\":1,\"runtime\":\"\xff\x00\"}}\n{\"loaded\":{\"phases\":{\"a\":1e999}}}\n"))
 	f.Add([]byte("\n\n\n"))
+	f.Add([]byte(readyLine + `{"loaded":{}}` + "\n" + `{"imported":{"modules":[{"name":"numpy","seconds":0.1,"image":true},{"name":"a,b","seconds":-1}]}}` + "\n" + `{"resumed":{}}` + "\n"))
+	f.Add([]byte(readyLine + `{"imported":{"modules":[]}}` + "\n"))
+	f.Add([]byte(readyLine + `{"loaded":{}}` + "\n" + `{"imported":{"modules":[{"name":"\u0000","seconds":1e308},[]]}}` + "\n"))
 	f.Fuzz(func(t *testing.T, said []byte) {
 		synctest.Test(t, func(t *testing.T) { fuzzLoader(t, said) })
 	})
@@ -324,7 +327,25 @@ func fuzzLoader(t *testing.T, said []byte) {
 	if len(ready.Runtime) > 256 || len(ready.MissingLibraries()) > 32 {
 		t.Errorf("greeted by %d bytes and %d libraries", len(ready.Runtime), len(ready.MissingLibraries()))
 	}
-	phases, executing, err := l.Load(t.Context(), instance.LoadQuestion{})
+	phases, executing, err := l.Load(t.Context(), instance.LoadQuestion{}, func(list []instance.ImportedModule, took time.Duration) {
+		seen := map[string]bool{}
+		for _, m := range list {
+			if m.Name == "" || len(m.Name) > 200 || strings.ContainsAny(m.Name, ", \n\x00\x1b") || m.Seconds < 0 || seen[m.Name] {
+				t.Errorf("imports %+v", m)
+			}
+			seen[m.Name] = true
+		}
+		if len(list) > 256 || took < 0 {
+			t.Errorf("%d modules in %s", len(list), took)
+		}
+		var b instance.ImportBook
+		b.Add("python", 1, "f", list, took)
+		for _, m := range b.List("")[0].Modules {
+			if total := m.GetTotal().AsDuration(); total < 0 || total > took {
+				t.Errorf("%s took %s of %s", m.GetName(), total, took)
+			}
+		}
+	})
 	switch {
 	case err != nil && len(err.Error()) > 20<<10, err != nil && (executing || phases != nil), len(phases) > 16:
 		t.Errorf("%v, %v, %.100v", phases, executing, err)

@@ -35,6 +35,7 @@ type booted struct {
 	mu   sync.Mutex // guards what follows
 	conn *loader    // nil after a restart, until it is needed
 	gone bool       // the Function's process has taken the loader's place
+	said string     // what the loader says that it is, once it has greeted: its language with the version
 }
 
 // thawed tells the loader, if there is one, that it was frozen for a while; best before it is thawed. What it returns waits for the
@@ -93,7 +94,19 @@ func (b *booted) connect(ctx context.Context) (*loader, *greeting, error) {
 	}
 	conn := b.hold(raw)
 	g, err := conn.greet(ctx)
+	if err == nil {
+		b.mu.Lock()
+		b.said = g.Runtime
+		b.mu.Unlock()
+	}
 	return conn, g, err
+}
+
+// language is what the loader says that it is; empty while it has not greeted.
+func (b *booted) language() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.said
 }
 
 // hold makes a connection b's one.

@@ -118,7 +118,9 @@ func (e *Engine) load(ctx context.Context, i *instance, b *booted, a *activation
 	told, cancel := e.expect(netns, endpoint.Port()) // before anything can listen
 	defer cancel()
 	begin := time.Now()
-	phases, executing, err := conn.load(ctx, question(a.revision))
+	phases, executing, err := conn.load(ctx, question(a.revision), func(list imports, took time.Duration) {
+		e.imports.add(b, a.revision.Function, list, took)
+	})
 	e.metrics.loaded(b.name, time.Since(begin), executing, err)
 	if err != nil {
 		return e.loadFailed(ctx, i, a, log, err)

@@ -103,6 +103,7 @@ func (i *instance) proto(node string) *hearthv1.Instance {
 	switch {
 	case i.booted != nil:
 		p.Degree, p.Runtime, p.RuntimeGeneration = hearthv1.Degree_DEGREE_RUNTIME, i.booted.name, i.booted.generation
+		p.Language = i.booted.language()
 	case i.boots != nil: // whoever counts what is being made counts it as that
 		p.Degree, p.Runtime, p.RuntimeGeneration = hearthv1.Degree_DEGREE_RUNTIME, i.boots.Name, i.boots.Generation
 	}

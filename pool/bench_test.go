@@ -90,6 +90,10 @@ func (n *swift) PrepareRevision(_ context.Context, r *hearthv1.PrepareRevisionRe
 
 func (n *swift) ForgetRevision(context.Context, *hearthv1.ForgetRevisionRequest) error { return nil }
 
+func (n *swift) ListImports(context.Context, *hearthv1.ListImportsRequest) (*hearthv1.ListImportsResponse, error) {
+	return &hearthv1.ListImportsResponse{}, nil
+}
+
 // BenchmarkThaw is a claim of a frozen Instance among many, one after the other, with two gateways that watch:
 //
 //	go test ./pool -run '^$' -bench Thaw -benchtime 1000x

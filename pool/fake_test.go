@@ -44,6 +44,7 @@ type fakeNode struct {
 	version   int64
 	old       bool              // a node of before there were versions and Freeze
 	owners    map[string]string // of pods
+	imports   *hearthv1.ListImportsResponse
 	freezes   int
 
 	createTime, activateTime, prepareTime, freezeTime, watchTime time.Duration
@@ -150,6 +151,9 @@ func (n *fakeNode) CreateInstance(ctx context.Context, r *hearthv1.CreateInstanc
 	}
 	if i.State == hearthv1.State_STATE_CREATING {
 		i.Degree, i.Runtime, i.RuntimeGeneration = r.Degree, r.Runtime.GetName(), r.Runtime.GetGeneration()
+		if r.Runtime != nil {
+			i.Language = r.Runtime.GetName() + " 3.11.2"
+		}
 		n.set(i, hearthv1.State_STATE_WARM)
 	}
 	return proto.CloneOf(i), n.leave("create", r.Id)
@@ -352,6 +356,15 @@ func (n *fakeNode) ForgetRevision(ctx context.Context, r *hearthv1.ForgetRevisio
 	}
 	n.forgotten[r.Revision.Name] = r.RemoveImage
 	return nil
+}
+
+func (n *fakeNode) ListImports(ctx context.Context, r *hearthv1.ListImportsRequest) (*hearthv1.ListImportsResponse, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err := n.enter(ctx, "imports", r.Runtime); err != nil {
+		return nil, err
+	}
+	return proto.CloneOf(n.imports), nil
 }
 
 // has lists the images that were prepared.

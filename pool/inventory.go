@@ -228,6 +228,9 @@ func (m *Manager) merge(now time.Time, i *instance, said *hearthv1.Instance) {
 	i.claim, i.function, i.revision = said.GetClaim(), said.GetFunction(), said.GetRevision()
 	if i.memory = said.GetMemoryBytes(); !i.making || i.state >= hearthv1.State_STATE_WARM { // until then it is what we asked for
 		i.kind = kind{runtime: said.GetRuntime(), generation: said.GetRuntimeGeneration()}
+		if r := m.runtimes[said.GetRuntime()]; r != nil && r.generation == said.GetRuntimeGeneration() && said.GetLanguage() != "" {
+			r.language = said.GetLanguage()
+		}
 		i.pod, i.group = said.GetPod(), group{}
 		if said.GetGroup() != "" {
 			i.group = group{said.GetTenant(), said.GetGroup()}

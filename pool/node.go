@@ -22,6 +22,7 @@ type Node interface {
 	Watch(ctx context.Context, event func(*hearthv1.WatchInstancesResponse) error) error
 	PrepareRevision(context.Context, *hearthv1.PrepareRevisionRequest) (*hearthv1.PrepareRevisionResponse, error)
 	ForgetRevision(context.Context, *hearthv1.ForgetRevisionRequest) error
+	ListImports(context.Context, *hearthv1.ListImportsRequest) (*hearthv1.ListImportsResponse, error)
 }
 
 // Connect makes a Node of a client of its NodeService.
@@ -88,4 +89,12 @@ func (r remote) PrepareRevision(ctx context.Context, m *hearthv1.PrepareRevision
 func (r remote) ForgetRevision(ctx context.Context, m *hearthv1.ForgetRevisionRequest) error {
 	_, err := r.c.ForgetRevision(ctx, connect.NewRequest(m))
 	return err
+}
+
+func (r remote) ListImports(ctx context.Context, m *hearthv1.ListImportsRequest) (*hearthv1.ListImportsResponse, error) {
+	res, err := r.c.ListImports(ctx, connect.NewRequest(m))
+	if err != nil {
+		return nil, err
+	}
+	return res.Msg, nil
 }

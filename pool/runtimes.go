@@ -25,6 +25,7 @@ type runtime struct {
 	// applied is what the user gave; current has its image by digest, once a node has resolved it. Both are nil when it is deleted.
 	applied, current *hearthv1.Runtime
 	generation       int64
+	language         string // by a loader's account; empty until one has booted in this term
 }
 
 func (r *runtime) kind() kind { return kind{runtime: r.name, generation: r.generation} }
@@ -121,7 +122,7 @@ func (m *Manager) pinRuntime(name string, generation int64, image string) error 
 		m.mu.Unlock()
 		return nil
 	}
-	pinned := &runtime{name: name, applied: r.applied, current: proto.CloneOf(r.current), generation: generation}
+	pinned := &runtime{name: name, applied: r.applied, current: proto.CloneOf(r.current), generation: generation, language: r.language}
 	pinned.current.Image = image
 	m.mu.Unlock()
 	if err := m.config.Store.PutRuntime(pinned.record()); err != nil {
@@ -301,7 +302,7 @@ func (m *Manager) ListRuntimes(context.Context, *connect.Request[hearthv1.ListRu
 // describe is a Runtime with its status.
 func (m *Manager) describe(r *runtime) *hearthv1.Runtime {
 	out := proto.CloneOf(r.current)
-	out.Status = &hearthv1.RuntimeStatus{Error: strings.Join(m.supplyErrors(r.name), "; ")}
+	out.Status = &hearthv1.RuntimeStatus{Error: strings.Join(m.supplyErrors(r.name), "; "), Language: r.language}
 	for _, n := range m.nodes {
 		out.Status.Warm += int32(len(m.index.spare[place{n.name, r.kind()}]))
 	}

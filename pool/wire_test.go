@@ -61,6 +61,11 @@ func (s server) ForgetRevision(ctx context.Context, r *connect.Request[hearthv1.
 	return respond(&hearthv1.ForgetRevisionResponse{}, s.n.ForgetRevision(ctx, r.Msg))
 }
 
+func (s server) ListImports(ctx context.Context, r *connect.Request[hearthv1.ListImportsRequest]) (*connect.Response[hearthv1.ListImportsResponse], error) {
+	m, err := s.n.ListImports(ctx, r.Msg)
+	return respond(m, err)
+}
+
 // TestOverTheWire runs both sides over real connections: the node through Connect, the manager through its handlers, and JSON for
 // people.
 func TestOverTheWire(t *testing.T) {

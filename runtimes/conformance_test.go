@@ -185,6 +185,60 @@ func TestReady(t *testing.T) {
 	})
 }
 
+// TestImports has a Function of each language that can tell say what it has imported.
+func TestImports(t *testing.T) {
+	type imported struct {
+		files   map[string]string
+		handler string
+		want    map[string]bool // by name: whether it is the image's
+		not     []string        // preloaded, the Function's own, or imported by what is told of
+	}
+	cases := map[string]imported{
+		"python": {
+			files: map[string]string{
+				"main.py":   "import helper, json, brought\nfrom xml.etree import ElementTree\ntry:\n    import nosuch\nexcept ImportError:\n    pass\n\ndef hello(r): return 'hello'\n",
+				"helper.py": "import sqlite3\n", "brought/__init__.py": "import colorsys, brought.part\n", "brought/part.py": "x = 1\n", "brought-1.0.dist-info/METADATA": "Name: brought\n",
+			},
+			handler: "main.hello", want: map[string]bool{"sqlite3": true, "xml.etree": true, "xml.etree.ElementTree": true, "colorsys": true, "brought": false},
+			not: []string{"main", "helper", "json", "nosuch", "brought.part", "sqlite3.dbapi2", "xml"},
+		},
+	}
+	each(t, func(l language) bool { return cases[l.name].files != nil }, func(t *testing.T, l language) {
+		test := cases[l.name]
+		i := boot(t, l.name, "HEARTH_PRELOAD="+l.preload)
+		i.bring(t, test.files)
+		c, _ := i.connect(t)
+		question := load(test.handler, "http", 1, nil)
+		question["imports"] = true
+		i.loaded(t, c, c.ask("load", question))
+		i.want(t, "/", http.StatusOK, "hello")
+		m := c.hear()
+		if m.Imported == nil {
+			t.Fatalf("it says %+v", m)
+		}
+		got := map[string]bool{}
+		for _, module := range m.Imported.Modules {
+			got[module.Name] = module.Image
+			if module.Seconds < 0 || module.Seconds > patience.Seconds() {
+				t.Errorf("%s took %v s", module.Name, module.Seconds)
+			}
+		}
+		for name, image := range test.want {
+			if has, ok := got[name]; !ok || has != image {
+				t.Errorf("%s: told %v, of the image %v", name, ok, has)
+			}
+		}
+		for _, name := range test.not {
+			if _, ok := got[name]; ok {
+				t.Errorf("it tells of %s", name)
+			}
+		}
+		if m := c.ask("thawed", map[string]any{"seed": make([]byte, 32), "frozen": 1.5}); m.Resumed == nil {
+			t.Errorf("thawed after that: it answers %+v", m)
+		}
+	})
+}
+
 func TestRequests(t *testing.T) {
 	each(t, nil, func(t *testing.T, l language) {
 		i := boot(t, l.name)

@@ -246,6 +246,13 @@ type message struct {
 	Loaded             *struct{ Phases map[string]float64 }
 	Failed             *struct{ Error, Trace string }
 	Executing, Resumed *struct{}
+	Imported           *struct {
+		Modules []struct {
+			Name    string
+			Seconds float64
+			Image   bool
+		}
+	}
 }
 
 // connect connects and hears that the loader is ready.

@@ -1347,7 +1347,7 @@ var File_hearth_v1alpha1_allocation_proto protoreflect.FileDescriptor
 
 const file_hearth_v1alpha1_allocation_proto_rawDesc = "" +
 	"\n" +
-	" hearth/v1alpha1/allocation.proto\x12\x0fhearth.v1alpha1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bhearth/v1alpha1/types.proto\"u\n" +
+	" hearth/v1alpha1/allocation.proto\x12\x0fhearth.v1alpha1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dhearth/v1alpha1/imports.proto\x1a\x1bhearth/v1alpha1/types.proto\"u\n" +
 	"\x0fAllocateRequest\x12\x1a\n" +
 	"\bfunction\x18\x01 \x01(\tR\bfunction\x126\n" +
 	"\bdeadline\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x0e\n" +
@@ -1437,11 +1437,12 @@ const file_hearth_v1alpha1_allocation_proto_rawDesc = "" +
 	"\x03Get\x12\x1b.hearth.v1alpha1.GetRequest\x1a\x1c.hearth.v1alpha1.GetResponse\x12C\n" +
 	"\x04List\x12\x1c.hearth.v1alpha1.ListRequest\x1a\x1d.hearth.v1alpha1.ListResponse\x12I\n" +
 	"\x06Delete\x12\x1e.hearth.v1alpha1.DeleteRequest\x1a\x1f.hearth.v1alpha1.DeleteResponse\x12^\n" +
-	"\rListInstances\x12%.hearth.v1alpha1.ListInstancesRequest\x1a&.hearth.v1alpha1.ListInstancesResponse2\xaa\x02\n" +
+	"\rListInstances\x12%.hearth.v1alpha1.ListInstancesRequest\x1a&.hearth.v1alpha1.ListInstancesResponse2\x84\x03\n" +
 	"\x0eRuntimeService\x12[\n" +
 	"\fApplyRuntime\x12$.hearth.v1alpha1.ApplyRuntimeRequest\x1a%.hearth.v1alpha1.ApplyRuntimeResponse\x12[\n" +
 	"\fListRuntimes\x12$.hearth.v1alpha1.ListRuntimesRequest\x1a%.hearth.v1alpha1.ListRuntimesResponse\x12^\n" +
-	"\rDeleteRuntime\x12%.hearth.v1alpha1.DeleteRuntimeRequest\x1a&.hearth.v1alpha1.DeleteRuntimeResponseB;Z9github.com/hearth-serverless/hearth/api/v1alpha1;hearthv1b\x06proto3"
+	"\rDeleteRuntime\x12%.hearth.v1alpha1.DeleteRuntimeRequest\x1a&.hearth.v1alpha1.DeleteRuntimeResponse\x12X\n" +
+	"\vListImports\x12#.hearth.v1alpha1.ListImportsRequest\x1a$.hearth.v1alpha1.ListImportsResponseB;Z9github.com/hearth-serverless/hearth/api/v1alpha1;hearthv1b\x06proto3"
 
 var (
 	file_hearth_v1alpha1_allocation_proto_rawDescOnce sync.Once
@@ -1491,6 +1492,8 @@ var file_hearth_v1alpha1_allocation_proto_goTypes = []any{
 	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
 	(*Runtime)(nil),               // 32: hearth.v1alpha1.Runtime
 	(*Function)(nil),              // 33: hearth.v1alpha1.Function
+	(*ListImportsRequest)(nil),    // 34: hearth.v1alpha1.ListImportsRequest
+	(*ListImportsResponse)(nil),   // 35: hearth.v1alpha1.ListImportsResponse
 }
 var file_hearth_v1alpha1_allocation_proto_depIdxs = []int32{
 	27, // 0: hearth.v1alpha1.AllocateRequest.deadline:type_name -> google.protobuf.Timestamp
@@ -1522,20 +1525,22 @@ var file_hearth_v1alpha1_allocation_proto_depIdxs = []int32{
 	10, // 26: hearth.v1alpha1.RuntimeService.ApplyRuntime:input_type -> hearth.v1alpha1.ApplyRuntimeRequest
 	12, // 27: hearth.v1alpha1.RuntimeService.ListRuntimes:input_type -> hearth.v1alpha1.ListRuntimesRequest
 	14, // 28: hearth.v1alpha1.RuntimeService.DeleteRuntime:input_type -> hearth.v1alpha1.DeleteRuntimeRequest
-	1,  // 29: hearth.v1alpha1.AllocationService.Allocate:output_type -> hearth.v1alpha1.AllocateResponse
-	3,  // 30: hearth.v1alpha1.AllocationService.Release:output_type -> hearth.v1alpha1.ReleaseResponse
-	5,  // 31: hearth.v1alpha1.AllocationService.Watch:output_type -> hearth.v1alpha1.WatchResponse
-	8,  // 32: hearth.v1alpha1.LoadService.Report:output_type -> hearth.v1alpha1.ReportResponse
-	17, // 33: hearth.v1alpha1.FunctionService.Apply:output_type -> hearth.v1alpha1.ApplyResponse
-	19, // 34: hearth.v1alpha1.FunctionService.Get:output_type -> hearth.v1alpha1.GetResponse
-	21, // 35: hearth.v1alpha1.FunctionService.List:output_type -> hearth.v1alpha1.ListResponse
-	23, // 36: hearth.v1alpha1.FunctionService.Delete:output_type -> hearth.v1alpha1.DeleteResponse
-	25, // 37: hearth.v1alpha1.FunctionService.ListInstances:output_type -> hearth.v1alpha1.ListInstancesResponse
-	11, // 38: hearth.v1alpha1.RuntimeService.ApplyRuntime:output_type -> hearth.v1alpha1.ApplyRuntimeResponse
-	13, // 39: hearth.v1alpha1.RuntimeService.ListRuntimes:output_type -> hearth.v1alpha1.ListRuntimesResponse
-	15, // 40: hearth.v1alpha1.RuntimeService.DeleteRuntime:output_type -> hearth.v1alpha1.DeleteRuntimeResponse
-	29, // [29:41] is the sub-list for method output_type
-	17, // [17:29] is the sub-list for method input_type
+	34, // 29: hearth.v1alpha1.RuntimeService.ListImports:input_type -> hearth.v1alpha1.ListImportsRequest
+	1,  // 30: hearth.v1alpha1.AllocationService.Allocate:output_type -> hearth.v1alpha1.AllocateResponse
+	3,  // 31: hearth.v1alpha1.AllocationService.Release:output_type -> hearth.v1alpha1.ReleaseResponse
+	5,  // 32: hearth.v1alpha1.AllocationService.Watch:output_type -> hearth.v1alpha1.WatchResponse
+	8,  // 33: hearth.v1alpha1.LoadService.Report:output_type -> hearth.v1alpha1.ReportResponse
+	17, // 34: hearth.v1alpha1.FunctionService.Apply:output_type -> hearth.v1alpha1.ApplyResponse
+	19, // 35: hearth.v1alpha1.FunctionService.Get:output_type -> hearth.v1alpha1.GetResponse
+	21, // 36: hearth.v1alpha1.FunctionService.List:output_type -> hearth.v1alpha1.ListResponse
+	23, // 37: hearth.v1alpha1.FunctionService.Delete:output_type -> hearth.v1alpha1.DeleteResponse
+	25, // 38: hearth.v1alpha1.FunctionService.ListInstances:output_type -> hearth.v1alpha1.ListInstancesResponse
+	11, // 39: hearth.v1alpha1.RuntimeService.ApplyRuntime:output_type -> hearth.v1alpha1.ApplyRuntimeResponse
+	13, // 40: hearth.v1alpha1.RuntimeService.ListRuntimes:output_type -> hearth.v1alpha1.ListRuntimesResponse
+	15, // 41: hearth.v1alpha1.RuntimeService.DeleteRuntime:output_type -> hearth.v1alpha1.DeleteRuntimeResponse
+	35, // 42: hearth.v1alpha1.RuntimeService.ListImports:output_type -> hearth.v1alpha1.ListImportsResponse
+	30, // [30:43] is the sub-list for method output_type
+	17, // [17:30] is the sub-list for method input_type
 	17, // [17:17] is the sub-list for extension type_name
 	17, // [17:17] is the sub-list for extension extendee
 	0,  // [0:17] is the sub-list for field type_name
@@ -1546,6 +1551,7 @@ func file_hearth_v1alpha1_allocation_proto_init() {
 	if File_hearth_v1alpha1_allocation_proto != nil {
 		return
 	}
+	file_hearth_v1alpha1_imports_proto_init()
 	file_hearth_v1alpha1_types_proto_init()
 	file_hearth_v1alpha1_allocation_proto_msgTypes[5].OneofWrappers = []any{
 		(*WatchResponse_Endpoints)(nil),

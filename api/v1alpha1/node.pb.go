@@ -929,7 +929,7 @@ var File_hearth_v1alpha1_node_proto protoreflect.FileDescriptor
 
 const file_hearth_v1alpha1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x1ahearth/v1alpha1/node.proto\x12\x0fhearth.v1alpha1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bhearth/v1alpha1/types.proto\"\xcc\x01\n" +
+	"\x1ahearth/v1alpha1/node.proto\x12\x0fhearth.v1alpha1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dhearth/v1alpha1/imports.proto\x1a\x1bhearth/v1alpha1/types.proto\"\xcc\x01\n" +
 	"\x15CreateInstanceRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x06degree\x18\x02 \x01(\x0e2\x17.hearth.v1alpha1.DegreeR\x06degree\x122\n" +
@@ -986,7 +986,7 @@ const file_hearth_v1alpha1_node_proto_rawDesc = "" +
 	"\fLogsResponse\x12\x1f\n" +
 	"\vinstance_id\x18\x01 \x01(\tR\n" +
 	"instanceId\x12\x12\n" +
-	"\x04line\x18\x02 \x01(\fR\x04line2\xcf\x05\n" +
+	"\x04line\x18\x02 \x01(\fR\x04line2\xa9\x06\n" +
 	"\vNodeService\x12a\n" +
 	"\x0eCreateInstance\x12&.hearth.v1alpha1.CreateInstanceRequest\x1a'.hearth.v1alpha1.CreateInstanceResponse\x12O\n" +
 	"\bActivate\x12 .hearth.v1alpha1.ActivateRequest\x1a!.hearth.v1alpha1.ActivateResponse\x12I\n" +
@@ -995,7 +995,8 @@ const file_hearth_v1alpha1_node_proto_rawDesc = "" +
 	"\x0eWatchInstances\x12&.hearth.v1alpha1.WatchInstancesRequest\x1a'.hearth.v1alpha1.WatchInstancesResponse0\x01\x12d\n" +
 	"\x0fPrepareRevision\x12'.hearth.v1alpha1.PrepareRevisionRequest\x1a(.hearth.v1alpha1.PrepareRevisionResponse\x12a\n" +
 	"\x0eForgetRevision\x12&.hearth.v1alpha1.ForgetRevisionRequest\x1a'.hearth.v1alpha1.ForgetRevisionResponse\x12E\n" +
-	"\x04Logs\x12\x1c.hearth.v1alpha1.LogsRequest\x1a\x1d.hearth.v1alpha1.LogsResponse0\x01B;Z9github.com/hearth-serverless/hearth/api/v1alpha1;hearthv1b\x06proto3"
+	"\x04Logs\x12\x1c.hearth.v1alpha1.LogsRequest\x1a\x1d.hearth.v1alpha1.LogsResponse0\x01\x12X\n" +
+	"\vListImports\x12#.hearth.v1alpha1.ListImportsRequest\x1a$.hearth.v1alpha1.ListImportsResponseB;Z9github.com/hearth-serverless/hearth/api/v1alpha1;hearthv1b\x06proto3"
 
 var (
 	file_hearth_v1alpha1_node_proto_rawDescOnce sync.Once
@@ -1034,6 +1035,8 @@ var file_hearth_v1alpha1_node_proto_goTypes = []any{
 	(*Revision)(nil),                // 20: hearth.v1alpha1.Revision
 	(*Phase)(nil),                   // 21: hearth.v1alpha1.Phase
 	(*durationpb.Duration)(nil),     // 22: google.protobuf.Duration
+	(*ListImportsRequest)(nil),      // 23: hearth.v1alpha1.ListImportsRequest
+	(*ListImportsResponse)(nil),     // 24: hearth.v1alpha1.ListImportsResponse
 }
 var file_hearth_v1alpha1_node_proto_depIdxs = []int32{
 	16, // 0: hearth.v1alpha1.CreateInstanceRequest.degree:type_name -> hearth.v1alpha1.Degree
@@ -1057,16 +1060,18 @@ var file_hearth_v1alpha1_node_proto_depIdxs = []int32{
 	10, // 18: hearth.v1alpha1.NodeService.PrepareRevision:input_type -> hearth.v1alpha1.PrepareRevisionRequest
 	12, // 19: hearth.v1alpha1.NodeService.ForgetRevision:input_type -> hearth.v1alpha1.ForgetRevisionRequest
 	14, // 20: hearth.v1alpha1.NodeService.Logs:input_type -> hearth.v1alpha1.LogsRequest
-	1,  // 21: hearth.v1alpha1.NodeService.CreateInstance:output_type -> hearth.v1alpha1.CreateInstanceResponse
-	3,  // 22: hearth.v1alpha1.NodeService.Activate:output_type -> hearth.v1alpha1.ActivateResponse
-	5,  // 23: hearth.v1alpha1.NodeService.Freeze:output_type -> hearth.v1alpha1.FreezeResponse
-	7,  // 24: hearth.v1alpha1.NodeService.Discard:output_type -> hearth.v1alpha1.DiscardResponse
-	9,  // 25: hearth.v1alpha1.NodeService.WatchInstances:output_type -> hearth.v1alpha1.WatchInstancesResponse
-	11, // 26: hearth.v1alpha1.NodeService.PrepareRevision:output_type -> hearth.v1alpha1.PrepareRevisionResponse
-	13, // 27: hearth.v1alpha1.NodeService.ForgetRevision:output_type -> hearth.v1alpha1.ForgetRevisionResponse
-	15, // 28: hearth.v1alpha1.NodeService.Logs:output_type -> hearth.v1alpha1.LogsResponse
-	21, // [21:29] is the sub-list for method output_type
-	13, // [13:21] is the sub-list for method input_type
+	23, // 21: hearth.v1alpha1.NodeService.ListImports:input_type -> hearth.v1alpha1.ListImportsRequest
+	1,  // 22: hearth.v1alpha1.NodeService.CreateInstance:output_type -> hearth.v1alpha1.CreateInstanceResponse
+	3,  // 23: hearth.v1alpha1.NodeService.Activate:output_type -> hearth.v1alpha1.ActivateResponse
+	5,  // 24: hearth.v1alpha1.NodeService.Freeze:output_type -> hearth.v1alpha1.FreezeResponse
+	7,  // 25: hearth.v1alpha1.NodeService.Discard:output_type -> hearth.v1alpha1.DiscardResponse
+	9,  // 26: hearth.v1alpha1.NodeService.WatchInstances:output_type -> hearth.v1alpha1.WatchInstancesResponse
+	11, // 27: hearth.v1alpha1.NodeService.PrepareRevision:output_type -> hearth.v1alpha1.PrepareRevisionResponse
+	13, // 28: hearth.v1alpha1.NodeService.ForgetRevision:output_type -> hearth.v1alpha1.ForgetRevisionResponse
+	15, // 29: hearth.v1alpha1.NodeService.Logs:output_type -> hearth.v1alpha1.LogsResponse
+	24, // 30: hearth.v1alpha1.NodeService.ListImports:output_type -> hearth.v1alpha1.ListImportsResponse
+	22, // [22:31] is the sub-list for method output_type
+	13, // [13:22] is the sub-list for method input_type
 	13, // [13:13] is the sub-list for extension type_name
 	13, // [13:13] is the sub-list for extension extendee
 	0,  // [0:13] is the sub-list for field type_name
@@ -1077,6 +1082,7 @@ func file_hearth_v1alpha1_node_proto_init() {
 	if File_hearth_v1alpha1_node_proto != nil {
 		return
 	}
+	file_hearth_v1alpha1_imports_proto_init()
 	file_hearth_v1alpha1_types_proto_init()
 	file_hearth_v1alpha1_node_proto_msgTypes[9].OneofWrappers = []any{
 		(*WatchInstancesResponse_Instance)(nil),

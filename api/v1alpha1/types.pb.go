@@ -361,7 +361,9 @@ type RuntimeStatus struct {
 	// Warm Instances of the present generation that wait, on all nodes.
 	Warm int32 `protobuf:"varint,1,opt,name=warm,proto3" json:"warm,omitempty"`
 	// Error says why one last did not boot, and on which node; empty when they boot.
-	Error         string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	// Language that it is, with the version, by its loader's account, like "python 3.11.2"; empty until one has booted.
+	Language      string `protobuf:"bytes,3,opt,name=language,proto3" json:"language,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -406,6 +408,13 @@ func (x *RuntimeStatus) GetWarm() int32 {
 func (x *RuntimeStatus) GetError() string {
 	if x != nil {
 		return x.Error
+	}
+	return ""
+}
+
+func (x *RuntimeStatus) GetLanguage() string {
+	if x != nil {
+		return x.Language
 	}
 	return ""
 }
@@ -1162,8 +1171,10 @@ type Instance struct {
 	// Pod is the sandbox that it is in, named by the Instance that it was made for, which may have gone since.
 	Pod string `protobuf:"bytes,14,opt,name=pod,proto3" json:"pod,omitempty"`
 	// Tenant and group whose Functions alone the pod may hold; no group while that is open, and if it is one Function's.
-	Tenant        string `protobuf:"bytes,15,opt,name=tenant,proto3" json:"tenant,omitempty"`
-	Group         string `protobuf:"bytes,16,opt,name=group,proto3" json:"group,omitempty"`
+	Tenant string `protobuf:"bytes,15,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Group  string `protobuf:"bytes,16,opt,name=group,proto3" json:"group,omitempty"`
+	// Language of the Runtime, with its version, once that is booted.
+	Language      string `protobuf:"bytes,17,opt,name=language,proto3" json:"language,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1310,6 +1321,13 @@ func (x *Instance) GetGroup() string {
 	return ""
 }
 
+func (x *Instance) GetLanguage() string {
+	if x != nil {
+		return x.Language
+	}
+	return ""
+}
+
 // Phase is a part of a start. Phases may overlap: a layer is unpacked while it is fetched.
 type Phase struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1404,10 +1422,11 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x06status\x18\a \x01(\v2\x1e.hearth.v1alpha1.RuntimeStatusR\x06status\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"9\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"U\n" +
 	"\rRuntimeStatus\x12\x12\n" +
 	"\x04warm\x18\x01 \x01(\x05R\x04warm\x12\x14\n" +
-	"\x05error\x18\x02 \x01(\tR\x05error\"t\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12\x1a\n" +
+	"\blanguage\x18\x03 \x01(\tR\blanguage\"t\n" +
 	"\x04Code\x12\x18\n" +
 	"\apackage\x18\x01 \x01(\tR\apackage\x12\x18\n" +
 	"\ahandler\x18\x02 \x01(\tR\ahandler\x128\n" +
@@ -1487,7 +1506,7 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\x05Claim\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x126\n" +
-	"\bdeadline\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\x8e\x04\n" +
+	"\bdeadline\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"\xaa\x04\n" +
 	"\bInstance\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12,\n" +
@@ -1506,7 +1525,8 @@ const file_hearth_v1alpha1_types_proto_rawDesc = "" +
 	"\fmemory_bytes\x18\r \x01(\x03R\vmemoryBytes\x12\x10\n" +
 	"\x03pod\x18\x0e \x01(\tR\x03pod\x12\x16\n" +
 	"\x06tenant\x18\x0f \x01(\tR\x06tenant\x12\x14\n" +
-	"\x05group\x18\x10 \x01(\tR\x05group\"\xb4\x01\n" +
+	"\x05group\x18\x10 \x01(\tR\x05group\x12\x1a\n" +
+	"\blanguage\x18\x11 \x01(\tR\blanguage\"\xb4\x01\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
 	"\x06offset\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06offset\x125\n" +

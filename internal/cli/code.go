@@ -21,7 +21,7 @@ import (
 type codeOptions struct {
 	runtime, handler, signature string
 	registry                    string
-	noDeps                      bool
+	noDeps, noBytecode          bool
 	access                      registryOptions
 	flags                       *pflag.FlagSet // those that make no sense for an image
 }
@@ -39,6 +39,7 @@ func (o *codeOptions) add(f *pflag.FlagSet) {
 	o.flags.StringVar(&o.handler, "handler", "", "what answers: MODULE.FUNCTION (python, node), a class (java), a program's path (native)")
 	o.flags.StringVar(&o.signature, "signature", "", "how the handler wants to be called, http or cloudevent (default http)")
 	o.flags.BoolVar(&o.noDeps, "no-deps", false, "do not install what requirements.txt or package-lock.json names")
+	o.flags.BoolVar(&o.noBytecode, "no-bytecode", false, "do not compile the code for its runtime: the package is smaller, starts take longer")
 	f.AddFlagSet(o.flags)
 	f.StringVar(&o.registry, "registry", "", "HOST[:PORT][/PATH] for code, which is pushed as code/NAME (default: that of 'hearth up --registry' or 'hearth install --registry')")
 	o.access.add(f)
@@ -96,7 +97,8 @@ func (a *app) deployCode(ctx context.Context, name, path string, o *codeOptions)
 			return "", nil, err
 		}
 	}
-	if err := a.checkRuntime(ctx, runtimeName); err != nil {
+	rt, err := a.findRuntime(ctx, runtimeName)
+	if err != nil {
 		return "", nil, err
 	}
 	repository, err := a.codeRepository(ctx, name, o)
@@ -109,11 +111,40 @@ func (a *app) deployCode(ctx context.Context, name, path string, o *codeOptions)
 			return "", nil, interrupted(ctx, err)
 		}
 	}
+	if !o.noBytecode {
+		if err := a.compile(ctx, tree, rt, language); err != nil {
+			return "", nil, err
+		}
+	}
 	ref, err := a.pushCode(ctx, tree, repository, runtimeName, handler, o)
 	if err != nil {
 		return "", nil, err
 	}
 	return runtimeName, &hearthv1.Code{Package: ref, Handler: handler, Signature: signatures()[o.signature]}, nil
+}
+
+// compile adds to code what its Runtime would otherwise make of it at each start. The code runs without it too: what keeps it from being
+// made is told, and no error. The version is that of the Runtime's own interpreter; what is of another would not be used.
+func (a *app) compile(ctx context.Context, tree *codepack.Tree, rt *hearthv1.Runtime, guess string) error {
+	language, version, booted := strings.Cut(rt.GetStatus().GetLanguage(), " ")
+	if !booted {
+		if tree.Compiles(guess) {
+			a.note("The package has no bytecode, so that each start compiles the code: which version runtime %s has is known when it has booted once (deploy again then)", rt.GetName())
+		}
+		return nil
+	}
+	c := tree.Compiler(language, version)
+	if c == nil {
+		return nil
+	}
+	err := a.patiently(ctx, fmt.Sprintf("compiling %s for %s", plural(c.Sources, "file"), c.Version), true, c.Compile)
+	if ctx.Err() != nil {
+		return interrupted(ctx, ctx.Err())
+	}
+	if err != nil {
+		a.note("The package has no bytecode, so that each start compiles the code: %s", printable(err.Error()))
+	}
+	return nil
 }
 
 // choose says by which Runtime code runs, and which of those that Hearth knows that is like, if any.

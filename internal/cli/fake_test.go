@@ -22,6 +22,7 @@ import (
 	"connectrpc.com/connect"
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
@@ -42,6 +43,7 @@ type fake struct {
 
 	run      string
 	runtimes map[string]*hearthv1.Runtime
+	imports  *hearthv1.ListImportsResponse
 	event    http.Header // of the last CloudEvent
 	function *hearthv1.Function
 	address  string // of the only Instance
@@ -91,6 +93,14 @@ func (f *fake) ListRuntimes(context.Context, *connect.Request[hearthv1.ListRunti
 		resp.Runtimes = append(resp.Runtimes, f.runtimes[name])
 	}
 	return connect.NewResponse(resp), nil
+}
+
+// ListImports is both services'.
+func (f *fake) ListImports(_ context.Context, r *connect.Request[hearthv1.ListImportsRequest]) (*connect.Response[hearthv1.ListImportsResponse], error) {
+	if name := r.Msg.GetRuntime(); name != "" && f.runtimes[name] == nil {
+		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("there is no runtime %s", name))
+	}
+	return connect.NewResponse(proto.CloneOf(f.imports)), nil
 }
 
 func (f *fake) DeleteRuntime(_ context.Context, r *connect.Request[hearthv1.DeleteRuntimeRequest]) (*connect.Response[hearthv1.DeleteRuntimeResponse], error) {

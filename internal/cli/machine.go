@@ -84,6 +84,14 @@ func (m *machine) DeleteRuntime(ctx context.Context, name string) error {
 	return err
 }
 
+func (m *machine) Imports(ctx context.Context, runtime string) (*hearthv1.ListImportsResponse, error) {
+	resp, err := m.runtimes().ListImports(ctx, connect.NewRequest(&hearthv1.ListImportsRequest{Runtime: runtime}))
+	if err != nil {
+		return nil, err
+	}
+	return resp.Msg, nil
+}
+
 func (m *machine) Instances(ctx context.Context, function string) ([]*hearthv1.Instance, error) {
 	resp, err := m.functions().ListInstances(ctx, connect.NewRequest(&hearthv1.ListInstancesRequest{Function: function}))
 	if err != nil {

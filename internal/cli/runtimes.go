@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -22,7 +21,7 @@ func (a *app) runtimeCommands() *cobra.Command {
 		Use: "runtime", Aliases: []string{"runtimes"}, Short: "Boot languages before functions ask for them", Long: runtimeLong, Args: subcommand,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(a.applyRuntime(), a.listRuntimes(), a.deleteRuntime())
+	c.AddCommand(a.applyRuntime(), a.listRuntimes(), a.deleteRuntime(), a.suggestRuntime())
 	return c
 }
 
@@ -152,21 +151,23 @@ func runtimeNames(list []*hearthv1.Runtime) (names []string) {
 	return names
 }
 
-// checkRuntime spares the user to pack and push code that nothing can run.
-func (a *app) checkRuntime(ctx context.Context, name string) error {
+// findRuntime is the Runtime of a name; it spares the user to pack and push code that nothing can run.
+func (a *app) findRuntime(ctx context.Context, name string) (*hearthv1.Runtime, error) {
 	list, err := a.runtimeList(ctx)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	for _, r := range list {
+		if r.GetName() == name {
+			return r, nil
+		}
 	}
 	names := runtimeNames(list)
-	if slices.Contains(names, name) {
-		return nil
-	}
 	have := "there is none yet"
 	if len(names) > 0 {
 		have = "there are " + strings.Join(names, ", ")
 	}
-	return fmt.Errorf("no runtime is called %s (%s): make it with `hearth runtime apply %s --image REF`", name, have, name)
+	return nil, fmt.Errorf("no runtime is called %s (%s): make it with `hearth runtime apply %s --image REF`", name, have, name)
 }
 
 // explainRuntime is explain, with the advice that is about Runtimes.

@@ -41,6 +41,8 @@ type runtimeStore interface {
 	ApplyRuntime(ctx context.Context, r *hearthv1.Runtime, wait bool, tell func(string)) (*hearthv1.Runtime, error)
 	Runtimes(context.Context) ([]*hearthv1.Runtime, error)
 	DeleteRuntime(ctx context.Context, name string) error
+	// Imports says what Functions import that their Runtime, one or each, has not preloaded.
+	Imports(ctx context.Context, runtime string) (*hearthv1.ListImportsResponse, error)
 }
 
 type poolStore interface {

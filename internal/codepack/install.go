@@ -113,7 +113,7 @@ func (i *Installer) Install(ctx context.Context) error {
 			return fmt.Errorf("copy for %s: %w", i.Program, err)
 		}
 	}
-	if err := run(ctx, program, args, work); err != nil {
+	if err := run(ctx, program, args, work, append(os.Environ(), "PIP_ROOT_USER_ACTION=ignore", "NO_COLOR=1")); err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -169,12 +169,12 @@ func (i *Installer) adopt(dir string) error {
 	return i.tree.checkLinks()
 }
 
-// run runs an installer to its end, or ends it with all that it has started. Its output is for its error.
-func run(ctx context.Context, program string, args []string, dir string) error {
+// run runs a program to its end, or ends it with all that it has started. Its output is for its error.
+func run(ctx context.Context, program string, args []string, dir string, env []string) error {
 	var output tail
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, &output, &output
-	cmd.Env = append(os.Environ(), "PIP_ROOT_USER_ACTION=ignore", "NO_COLOR=1")
+	cmd.Env = env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = killGrace

@@ -178,8 +178,8 @@ func TestPush(t *testing.T) {
 	}
 }
 
-// contents describes the tar of an image's layer, but for the long names.
-func contents(t *testing.T, client *registry.Client, image *registry.Image) map[string]string {
+// tarOf is an image's one layer.
+func tarOf(t testing.TB, client *registry.Client, image *registry.Image) *bytes.Buffer {
 	t.Helper()
 	u, err := layer.New(layer.Config{})
 	if err != nil {
@@ -195,8 +195,14 @@ func contents(t *testing.T, client *registry.Client, image *registry.Image) map[
 	if _, err := u.Decompress(t.Context(), src, layer.Spec{Digest: l.Digest, DiffID: l.DiffID, Size: l.Size, Indexed: true}, &data); err != nil {
 		t.Fatal(err)
 	}
+	return &data
+}
+
+// contents describes the tar of an image's layer, but for the long names.
+func contents(t *testing.T, client *registry.Client, image *registry.Image) map[string]string {
+	t.Helper()
 	found, last := map[string]string{}, ""
-	for r := tar.NewReader(&data); ; {
+	for r := tar.NewReader(tarOf(t, client, image)); ; {
 		h, err := r.Next()
 		if err == io.EOF {
 			return found

@@ -24,8 +24,8 @@ type runtimes struct {
 
 // runtimeState is what a status says.
 type runtimeState struct {
-	image, err string
-	warm       int32
+	image, err, language string
+	warm                 int32
 }
 
 func (c Controllers) addRuntimes(m manager.Manager, r *runtimes) error {
@@ -36,7 +36,7 @@ func (c Controllers) addRuntimes(m manager.Manager, r *runtimes) error {
 		}
 		states := map[string]runtimeState{}
 		for _, rt := range list.Msg.GetRuntimes() {
-			states[rt.GetName()] = runtimeState{rt.GetImage(), rt.GetStatus().GetError(), rt.GetStatus().GetWarm()}
+			states[rt.GetName()] = runtimeState{rt.GetImage(), rt.GetStatus().GetError(), rt.GetStatus().GetLanguage(), rt.GetStatus().GetWarm()}
 		}
 		return states, nil
 	}
@@ -107,6 +107,7 @@ func (r *runtimes) apply(ctx context.Context, rt *crd.Runtime) (*hearthv1.Runtim
 func (r *runtimes) describe(rt *crd.Runtime, now *hearthv1.Runtime, accepted verdict) {
 	st := &rt.Status
 	st.ObservedGeneration, st.Warm, st.Error, st.Image = rt.Generation, now.GetStatus().GetWarm(), cut(now.GetStatus().GetError()), ""
+	st.Language = cut(now.GetStatus().GetLanguage())
 	if strings.Contains(now.GetImage(), "@sha256:") {
 		st.Image = now.GetImage()
 	}

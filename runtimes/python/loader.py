@@ -37,6 +37,9 @@ MAX_UNREAD = 16 << 20  # of a request's body that the Function leaves, read so t
 MAX_CONNECTIONS = 4096
 ACCEPTING = 2  # threads that wait for a connection
 BLOCK = 64 << 10
+TELL_AFTER = 1.0  # seconds without a word of nodeagent's, until it is told what a load has imported
+MAX_IMPORTS = 200  # that are told
+MAX_IMPORT_NODES = 10_000
 LIBRARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lib")
 
 
@@ -668,6 +671,101 @@ def failure(error):
     return {"failed": {"error": last[:MAX_TRACE], "trace": text[-MAX_TRACE:]}}
 
 
+class Imports:
+    """What is imported while a Function is loaded, how long each module takes, and by which it is wanted. It is only noted then; what
+    follows from it is found later, off the path.
+
+    Python calls _find_and_load for every module that is not there yet. That is no documented place; where there is none, nothing is told."""
+
+    def __init__(self, code):
+        self.code = os.path.join(code, "")
+        self.top = []  # nodes: name, seconds, nodes of what it imports
+        self.count = 0
+
+    def __enter__(self):
+        self.find = find = getattr(importlib._bootstrap, "_find_and_load", None)
+        thread, open_nodes = threading.get_ident(), [self.top]
+
+        def note(name, import_):
+            if threading.get_ident() != thread or self.count >= MAX_IMPORT_NODES:
+                return find(name, import_)
+            self.count += 1
+            node = [name, 0.0, []]
+            open_nodes[-1].append(node)
+            open_nodes.append(node[2])
+            begun = time.perf_counter()
+            try:
+                return find(name, import_)
+            finally:
+                node[1] = time.perf_counter() - begun
+                open_nodes.pop()
+
+        # Python leaves out of traces what its import machinery does itself, by the name of its file.
+        note.__code__ = note.__code__.replace(co_filename="<frozen importlib._bootstrap>")
+        if find is not None:
+            importlib._bootstrap._find_and_load = note
+        return self
+
+    def __exit__(self, *_):
+        if self.find is not None:
+            importlib._bootstrap._find_and_load = self.find
+
+    def told(self):
+        """The modules that a preload list could name, the dearest first: those of the image that the code imports, each with all that it
+        imports itself; and the libraries that came with the code, without those."""
+        brought = self._brought()
+        found = {}
+
+        def collect(nodes):
+            seconds = 0.0  # of what is the image's
+            for name, took, inner in nodes:
+                place = self._place(name)
+                if place == "image":
+                    seconds += took
+                    self._add(found, name, took, True)
+                    continue
+                below = collect(inner)
+                seconds += below
+                if place == "code" and name.partition(".")[0] in brought:
+                    self._add(found, name.partition(".")[0], max(0.0, took - below), False)
+                    seconds += took - below
+            return seconds
+
+        collect(self.top)
+        modules = sorted(found.values(), key=lambda module: -module["seconds"])
+        return {"imported": {"modules": modules[:MAX_IMPORTS]}}
+
+    @staticmethod
+    def _add(found, name, seconds, image):
+        module = found.setdefault(name, {"name": name, "seconds": 0.0, "image": image})
+        module["seconds"] = round(module["seconds"] + seconds, 6)
+
+    def _place(self, name):
+        """Where a module came from: image, code, or None if it did not come to be."""
+        module = sys.modules.get(name)
+        spec = getattr(module, "__spec__", None)
+        if module is None or spec is None:
+            return None
+        origin = getattr(spec, "origin", None)
+        if not isinstance(origin, str):  # a folder without __init__.py
+            origin = next(iter(getattr(module, "__path__", None) or ()), "")
+        return "code" if os.path.join(str(origin), "").startswith(self.code) else "image"
+
+    def _brought(self):
+        """The names of the top-level modules that pip has put beside the code; the rest is the Function's own."""
+        names = set()
+        for entry in os.listdir(self.code):
+            if not entry.endswith(".dist-info"):
+                continue
+            names.add(entry.split("-", 1)[0].lower())
+            try:
+                with open(os.path.join(self.code, entry, "top_level.txt"), encoding="utf-8") as file:
+                    names.update(file.read(BLOCK).split())
+            except (OSError, ValueError):
+                pass
+        return names
+
+
 class Stop(BaseException):
     """SIGTERM came."""
 
@@ -684,12 +782,24 @@ class Conversation:
         self.connection, self.respond = connection, respond
         self.lock = threading.Lock()  # of what follows
         self.buffer = bytearray()
+        self.later = None  # gives what is to be said when there is nothing else to do
 
     def run(self):
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
         while self.take_in():
-            poll.poll()
+            if not poll.poll(self.later and 1000 * TELL_AFTER) and self.later:
+                self._say_later()
+
+    def _say_later(self):
+        later, self.later = self.later, None
+        try:
+            message = later()
+        except Exception as error:  # what the Function has made of its modules
+            log(f"imports: {error}")
+            return
+        with self.lock:
+            self.say(message)
 
     def say(self, message):
         self.connection.sendall(json.dumps(message).encode() + b"\n")
@@ -783,7 +893,8 @@ class Loader:
             time.tzset()
             reseed(seed_of(load))
             os.chdir(code)
-            function = import_function(code, handler)
+            with Imports(code) as imports:
+                function = import_function(code, handler)
             application = web(events(function) if signature == "cloudevent" else function, code)
             phases["import"] = time.perf_counter() - begun
             begun = time.perf_counter()
@@ -795,6 +906,8 @@ class Loader:
         except BaseException as error:  # SystemExit too
             return failure(error)
         self.server = server
+        if load.get("imports") is True:
+            self.conversation.later = imports.told
         return {"loaded": {"phases": phases}}
 
 

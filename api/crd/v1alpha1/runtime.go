@@ -68,6 +68,9 @@ type RuntimeStatus struct {
 	// +optional
 	// +kubebuilder:validation:MaxLength=1024
 	Image string `json:"image,omitempty"`
+	// Language that it is, with the version, by its loader's account, like "python 3.11.2"; empty until one has booted.
+	// +optional
+	Language string `json:"language,omitempty"`
 	// Warm Instances of this generation that wait, on all nodes.
 	// +optional
 	Warm int32 `json:"warm"`

@@ -69,6 +69,9 @@ const (
 	// RuntimeServiceDeleteRuntimeProcedure is the fully-qualified name of the RuntimeService's
 	// DeleteRuntime RPC.
 	RuntimeServiceDeleteRuntimeProcedure = "/hearth.v1alpha1.RuntimeService/DeleteRuntime"
+	// RuntimeServiceListImportsProcedure is the fully-qualified name of the RuntimeService's
+	// ListImports RPC.
+	RuntimeServiceListImportsProcedure = "/hearth.v1alpha1.RuntimeService/ListImports"
 )
 
 // AllocationServiceClient is a client for the hearth.v1alpha1.AllocationService service.
@@ -464,6 +467,9 @@ type RuntimeServiceClient interface {
 	ListRuntimes(context.Context, *connect.Request[v1alpha1.ListRuntimesRequest]) (*connect.Response[v1alpha1.ListRuntimesResponse], error)
 	// DeleteRuntime discards the warm Instances of it. Errors: NotFound, FailedPrecondition (a Function uses it).
 	DeleteRuntime(context.Context, *connect.Request[v1alpha1.DeleteRuntimeRequest]) (*connect.Response[v1alpha1.DeleteRuntimeResponse], error)
+	// ListImports says what Functions have imported on all nodes that their Runtimes had not preloaded. A node that does not answer is left out,
+	// and counted. Errors: NotFound (no such Runtime).
+	ListImports(context.Context, *connect.Request[v1alpha1.ListImportsRequest]) (*connect.Response[v1alpha1.ListImportsResponse], error)
 }
 
 // NewRuntimeServiceClient constructs a client for the hearth.v1alpha1.RuntimeService service. By
@@ -495,6 +501,12 @@ func NewRuntimeServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(runtimeServiceMethods.ByName("DeleteRuntime")),
 			connect.WithClientOptions(opts...),
 		),
+		listImports: connect.NewClient[v1alpha1.ListImportsRequest, v1alpha1.ListImportsResponse](
+			httpClient,
+			baseURL+RuntimeServiceListImportsProcedure,
+			connect.WithSchema(runtimeServiceMethods.ByName("ListImports")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -503,6 +515,7 @@ type runtimeServiceClient struct {
 	applyRuntime  *connect.Client[v1alpha1.ApplyRuntimeRequest, v1alpha1.ApplyRuntimeResponse]
 	listRuntimes  *connect.Client[v1alpha1.ListRuntimesRequest, v1alpha1.ListRuntimesResponse]
 	deleteRuntime *connect.Client[v1alpha1.DeleteRuntimeRequest, v1alpha1.DeleteRuntimeResponse]
+	listImports   *connect.Client[v1alpha1.ListImportsRequest, v1alpha1.ListImportsResponse]
 }
 
 // ApplyRuntime calls hearth.v1alpha1.RuntimeService.ApplyRuntime.
@@ -520,6 +533,11 @@ func (c *runtimeServiceClient) DeleteRuntime(ctx context.Context, req *connect.R
 	return c.deleteRuntime.CallUnary(ctx, req)
 }
 
+// ListImports calls hearth.v1alpha1.RuntimeService.ListImports.
+func (c *runtimeServiceClient) ListImports(ctx context.Context, req *connect.Request[v1alpha1.ListImportsRequest]) (*connect.Response[v1alpha1.ListImportsResponse], error) {
+	return c.listImports.CallUnary(ctx, req)
+}
+
 // RuntimeServiceHandler is an implementation of the hearth.v1alpha1.RuntimeService service.
 type RuntimeServiceHandler interface {
 	// ApplyRuntime creates or changes one. Errors: InvalidArgument.
@@ -527,6 +545,9 @@ type RuntimeServiceHandler interface {
 	ListRuntimes(context.Context, *connect.Request[v1alpha1.ListRuntimesRequest]) (*connect.Response[v1alpha1.ListRuntimesResponse], error)
 	// DeleteRuntime discards the warm Instances of it. Errors: NotFound, FailedPrecondition (a Function uses it).
 	DeleteRuntime(context.Context, *connect.Request[v1alpha1.DeleteRuntimeRequest]) (*connect.Response[v1alpha1.DeleteRuntimeResponse], error)
+	// ListImports says what Functions have imported on all nodes that their Runtimes had not preloaded. A node that does not answer is left out,
+	// and counted. Errors: NotFound (no such Runtime).
+	ListImports(context.Context, *connect.Request[v1alpha1.ListImportsRequest]) (*connect.Response[v1alpha1.ListImportsResponse], error)
 }
 
 // NewRuntimeServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -554,6 +575,12 @@ func NewRuntimeServiceHandler(svc RuntimeServiceHandler, opts ...connect.Handler
 		connect.WithSchema(runtimeServiceMethods.ByName("DeleteRuntime")),
 		connect.WithHandlerOptions(opts...),
 	)
+	runtimeServiceListImportsHandler := connect.NewUnaryHandler(
+		RuntimeServiceListImportsProcedure,
+		svc.ListImports,
+		connect.WithSchema(runtimeServiceMethods.ByName("ListImports")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/hearth.v1alpha1.RuntimeService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case RuntimeServiceApplyRuntimeProcedure:
@@ -562,6 +589,8 @@ func NewRuntimeServiceHandler(svc RuntimeServiceHandler, opts ...connect.Handler
 			runtimeServiceListRuntimesHandler.ServeHTTP(w, r)
 		case RuntimeServiceDeleteRuntimeProcedure:
 			runtimeServiceDeleteRuntimeHandler.ServeHTTP(w, r)
+		case RuntimeServiceListImportsProcedure:
+			runtimeServiceListImportsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -581,4 +610,8 @@ func (UnimplementedRuntimeServiceHandler) ListRuntimes(context.Context, *connect
 
 func (UnimplementedRuntimeServiceHandler) DeleteRuntime(context.Context, *connect.Request[v1alpha1.DeleteRuntimeRequest]) (*connect.Response[v1alpha1.DeleteRuntimeResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.RuntimeService.DeleteRuntime is not implemented"))
+}
+
+func (UnimplementedRuntimeServiceHandler) ListImports(context.Context, *connect.Request[v1alpha1.ListImportsRequest]) (*connect.Response[v1alpha1.ListImportsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.RuntimeService.ListImports is not implemented"))
 }

@@ -53,6 +53,8 @@ const (
 	NodeServiceForgetRevisionProcedure = "/hearth.v1alpha1.NodeService/ForgetRevision"
 	// NodeServiceLogsProcedure is the fully-qualified name of the NodeService's Logs RPC.
 	NodeServiceLogsProcedure = "/hearth.v1alpha1.NodeService/Logs"
+	// NodeServiceListImportsProcedure is the fully-qualified name of the NodeService's ListImports RPC.
+	NodeServiceListImportsProcedure = "/hearth.v1alpha1.NodeService/ListImports"
 )
 
 // NodeServiceClient is a client for the hearth.v1alpha1.NodeService service.
@@ -81,6 +83,8 @@ type NodeServiceClient interface {
 	ForgetRevision(context.Context, *connect.Request[v1alpha1.ForgetRevisionRequest]) (*connect.Response[v1alpha1.ForgetRevisionResponse], error)
 	// Logs streams the output of a Function's Instances on this node.
 	Logs(context.Context, *connect.Request[v1alpha1.LogsRequest]) (*connect.ServerStreamForClient[v1alpha1.LogsResponse], error)
+	// ListImports says what Functions have imported on this node, since nodeagent began, that their Runtimes had not preloaded.
+	ListImports(context.Context, *connect.Request[v1alpha1.ListImportsRequest]) (*connect.Response[v1alpha1.ListImportsResponse], error)
 }
 
 // NewNodeServiceClient constructs a client for the hearth.v1alpha1.NodeService service. By default,
@@ -142,6 +146,12 @@ func NewNodeServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(nodeServiceMethods.ByName("Logs")),
 			connect.WithClientOptions(opts...),
 		),
+		listImports: connect.NewClient[v1alpha1.ListImportsRequest, v1alpha1.ListImportsResponse](
+			httpClient,
+			baseURL+NodeServiceListImportsProcedure,
+			connect.WithSchema(nodeServiceMethods.ByName("ListImports")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -155,6 +165,7 @@ type nodeServiceClient struct {
 	prepareRevision *connect.Client[v1alpha1.PrepareRevisionRequest, v1alpha1.PrepareRevisionResponse]
 	forgetRevision  *connect.Client[v1alpha1.ForgetRevisionRequest, v1alpha1.ForgetRevisionResponse]
 	logs            *connect.Client[v1alpha1.LogsRequest, v1alpha1.LogsResponse]
+	listImports     *connect.Client[v1alpha1.ListImportsRequest, v1alpha1.ListImportsResponse]
 }
 
 // CreateInstance calls hearth.v1alpha1.NodeService.CreateInstance.
@@ -197,6 +208,11 @@ func (c *nodeServiceClient) Logs(ctx context.Context, req *connect.Request[v1alp
 	return c.logs.CallServerStream(ctx, req)
 }
 
+// ListImports calls hearth.v1alpha1.NodeService.ListImports.
+func (c *nodeServiceClient) ListImports(ctx context.Context, req *connect.Request[v1alpha1.ListImportsRequest]) (*connect.Response[v1alpha1.ListImportsResponse], error) {
+	return c.listImports.CallUnary(ctx, req)
+}
+
 // NodeServiceHandler is an implementation of the hearth.v1alpha1.NodeService service.
 type NodeServiceHandler interface {
 	// CreateInstance makes a Warm Instance (a sandbox with its network up, or a Runtime that is booted in one) and returns when it
@@ -223,6 +239,8 @@ type NodeServiceHandler interface {
 	ForgetRevision(context.Context, *connect.Request[v1alpha1.ForgetRevisionRequest]) (*connect.Response[v1alpha1.ForgetRevisionResponse], error)
 	// Logs streams the output of a Function's Instances on this node.
 	Logs(context.Context, *connect.Request[v1alpha1.LogsRequest], *connect.ServerStream[v1alpha1.LogsResponse]) error
+	// ListImports says what Functions have imported on this node, since nodeagent began, that their Runtimes had not preloaded.
+	ListImports(context.Context, *connect.Request[v1alpha1.ListImportsRequest]) (*connect.Response[v1alpha1.ListImportsResponse], error)
 }
 
 // NewNodeServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -280,6 +298,12 @@ func NewNodeServiceHandler(svc NodeServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(nodeServiceMethods.ByName("Logs")),
 		connect.WithHandlerOptions(opts...),
 	)
+	nodeServiceListImportsHandler := connect.NewUnaryHandler(
+		NodeServiceListImportsProcedure,
+		svc.ListImports,
+		connect.WithSchema(nodeServiceMethods.ByName("ListImports")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/hearth.v1alpha1.NodeService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case NodeServiceCreateInstanceProcedure:
@@ -298,6 +322,8 @@ func NewNodeServiceHandler(svc NodeServiceHandler, opts ...connect.HandlerOption
 			nodeServiceForgetRevisionHandler.ServeHTTP(w, r)
 		case NodeServiceLogsProcedure:
 			nodeServiceLogsHandler.ServeHTTP(w, r)
+		case NodeServiceListImportsProcedure:
+			nodeServiceListImportsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -337,4 +363,8 @@ func (UnimplementedNodeServiceHandler) ForgetRevision(context.Context, *connect.
 
 func (UnimplementedNodeServiceHandler) Logs(context.Context, *connect.Request[v1alpha1.LogsRequest], *connect.ServerStream[v1alpha1.LogsResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.NodeService.Logs is not implemented"))
+}
+
+func (UnimplementedNodeServiceHandler) ListImports(context.Context, *connect.Request[v1alpha1.ListImportsRequest]) (*connect.Response[v1alpha1.ListImportsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hearth.v1alpha1.NodeService.ListImports is not implemented"))
 }

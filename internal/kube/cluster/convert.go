@@ -67,6 +67,8 @@ func runtimeObject(r *hearthv1.Runtime) *crd.Runtime {
 // runtimeMessage is a Runtime as the daemons' API has it; warm is how many of it should wait on a node.
 func runtimeMessage(r *crd.Runtime, warm int32) *hearthv1.Runtime {
 	out := kube.RuntimeMessage(r)
-	out.Warm, out.Generation, out.Status = warm, r.Generation, &hearthv1.RuntimeStatus{Warm: r.Status.Warm, Error: r.Status.Error}
+	out.Warm, out.Generation, out.Status = warm, r.Generation, &hearthv1.RuntimeStatus{
+		Warm: r.Status.Warm, Error: r.Status.Error, Language: r.Status.Language,
+	}
 	return out
 }
