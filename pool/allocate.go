@@ -73,6 +73,7 @@ func codeOf(ctx context.Context) connect.Code {
 }
 
 func (m *Manager) join(name, id string, deadline time.Time) (*allocation, error) {
+	came := time.Now()
 	if id == "" {
 		id = newID("a-")
 	}
@@ -98,6 +99,7 @@ func (m *Manager) join(name, id string, deadline time.Time) (*allocation, error)
 		return nil, err
 	}
 	a.callers++
+	a.came = came
 	m.step(now)
 	return a, nil
 }
@@ -329,13 +331,13 @@ func (m *Manager) pick(f *function, pod string) *instance {
 		own = own.ground()
 	}
 	if len(all) == 0 && own != (kind{}) {
-		for _, n := range m.nodes {
-			add(m.index.spare[place{n.name, own}], degree)
+		for _, s := range m.index.spare[own] {
+			add(s, degree)
 		}
 	}
 	if len(all) == 0 && pod == "" {
-		for _, n := range m.nodes {
-			add(m.index.spare[place{n.name, kind{}}], hearthv1.Degree_DEGREE_SANDBOX)
+		for _, s := range m.index.spare[kind{}] {
+			add(s, hearthv1.Degree_DEGREE_SANDBOX)
 		}
 	}
 	if best := choose(candidates); best >= 0 {
@@ -370,7 +372,11 @@ func (m *Manager) activate(now time.Time, f *function, a *allocation, i *instanc
 	m.place(i)
 	n.began = now
 	req := &hearthv1.ActivateRequest{InstanceId: i.id, Claim: a.claim, Revision: m.complete(f)}
+	atOnce, came := now.Equal(a.begun) && !a.came.IsZero(), a.came
 	m.call(n, func(ctx context.Context) {
+		if atOnce {
+			m.metrics.decideTime.Observe(time.Since(came).Seconds())
+		}
 		ctx, cancel := context.WithDeadline(ctx, a.deadline.Add(outcomeSlack))
 		defer cancel()
 		res, err := n.client.Activate(ctx, req)

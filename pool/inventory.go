@@ -102,6 +102,7 @@ func (m *Manager) sync(now time.Time, n *node, session int) {
 	}
 	n.synced, n.heard, n.since = true, true, time.Time{}
 	clear(n.supplies)
+	m.unsettle(n)
 	m.tellReady()
 	m.log.Info("node connected", "node", n.name)
 	for _, r := range m.runtimes {

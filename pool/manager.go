@@ -125,6 +125,7 @@ type Manager struct {
 	warmSets     []WarmSet
 	gathered     bool
 	gatherEnd    time.Time
+	waited       bool      // allocations waited when stocks were looked at last
 	settleAt     time.Time // when Functions are prepared anew; zero is never
 	functions    map[string]*function
 	changed      map[*function]struct{} // that gateways have to hear of

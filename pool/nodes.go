@@ -190,6 +190,7 @@ func (m *Manager) SetWarmSets(sets []WarmSet) {
 
 // measure sums up what the sets ask of a node.
 func (m *Manager) measure(n *node) {
+	m.unsettle(n)
 	n.sizes, n.images = map[string]int{}, nil
 	for _, s := range m.warmSets {
 		if s.Covers == nil || s.Covers(n.name, n.info) {

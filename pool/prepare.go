@@ -112,6 +112,7 @@ func (m *Manager) nextPrepare(n *node) {
 
 func (m *Manager) prepared(now time.Time, n *node, p *prepare, err error) {
 	p.err, p.started, p.run = err, false, nil
+	m.unsettle(n)
 	close(p.done)
 	p.then(now, err)
 	revision := p.revision

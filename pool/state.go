@@ -146,6 +146,9 @@ type node struct {
 	// since is when it was last lost; zero while it is synced.
 	since    time.Time
 	supplies map[string]*supply // by Runtime; "" is that of sandboxes
+	// unsettled: what it has or wants may have changed since its stock was looked at; again is when that is to be done anyway.
+	unsettled bool
+	again     time.Time
 	// began and ended are when the last activation did.
 	began, ended time.Time
 	prepares     map[string]*prepare // by Revision
@@ -204,6 +207,7 @@ type bounds struct{ min, max, frozen int }
 // allocation is one call of Allocate, or one Instance that the scaler or the reserved minimum wants.
 type allocation struct {
 	id, function string
+	came         time.Time // before the mutex was ours; zero for internal ones
 	begun        time.Time
 	deadline     time.Time
 	internal     bool
