@@ -1,11 +1,13 @@
 package pool
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 	"time"
@@ -254,7 +256,7 @@ func (m *Manager) dispatch(now time.Time) {
 	if len(m.queue) == 0 {
 		return
 	}
-	limit := m.config.ClaimsPerNode * m.upNodes()
+	limit := m.config.ClaimsPerNode * m.up
 	turns, total := m.turns(now)
 	seats := seating{}
 	for total < limit {
@@ -307,21 +309,15 @@ func (m *Manager) turns(now time.Time) (turns []turn, total int) {
 // sandbox can become anything, but an image is never put into a booted Runtime. What is to be in a pod that it shares is there, or
 // waited for.
 func (m *Manager) pick(f *function, pod string) *instance {
-	var all []*instance
-	var candidates []candidate
 	near := m.neighbours(f)
-	add := func(s set, degree hearthv1.Degree) {
-		for i := range s {
-			n := m.nodes[i.node]
-			if i.refused || !n.synced || n.info.Cordoned {
-				continue
-			}
-			all = append(all, i)
-			candidates = append(candidates, candidate{id: i.id, degree: degree, beside: near[n.name], inZone: near[n.zone()], spares: len(s), created: i.created, image: n.has(f.revision.GetName())})
-		}
-	}
 	if frozen := m.frozenOf(f); len(frozen) > 0 {
-		add(frozen, hearthv1.Degree_DEGREE_REVISION)
+		alone := map[string]set{}
+		for i := range frozen {
+			alone[i.id] = set{i: {}}
+		}
+		if best, ok := choose(m.candidates(f, near, alone, hearthv1.Degree_DEGREE_REVISION)); ok {
+			return best.of
+		}
 	}
 	own, degree := m.kindFor(f.name).in(pod), hearthv1.Degree_DEGREE_RUNTIME
 	if own.runtime == "" {
@@ -330,20 +326,43 @@ func (m *Manager) pick(f *function, pod string) *instance {
 	if pod == "" {
 		own = own.ground()
 	}
-	if len(all) == 0 && own != (kind{}) {
-		for _, s := range m.index.spare[own] {
-			add(s, degree)
+	if own != (kind{}) {
+		if best, ok := choose(m.candidates(f, near, m.index.spare[own], degree)); ok {
+			return best.of
 		}
 	}
-	if len(all) == 0 && pod == "" {
-		for _, s := range m.index.spare[kind{}] {
-			add(s, hearthv1.Degree_DEGREE_SANDBOX)
+	if pod == "" {
+		if best, ok := choose(m.candidates(f, near, m.index.spare[kind{}], hearthv1.Degree_DEGREE_SANDBOX)); ok {
+			return best.of
 		}
-	}
-	if best := choose(candidates); best >= 0 {
-		return all[best]
 	}
 	return nil
+}
+
+// candidates are the oldest of sets of Instances that are each on one node, as far as they can be claimed.
+func (m *Manager) candidates(f *function, near map[string]int, sets map[string]set, degree hearthv1.Degree) iter.Seq[candidate] {
+	return func(yield func(candidate) bool) {
+		for _, s := range sets {
+			var oldest *instance
+			for i := range s {
+				if !i.refused && (oldest == nil || cmp.Or(i.created.Compare(oldest.created), cmp.Compare(i.id, oldest.id)) < 0) {
+					oldest = i
+				}
+			}
+			if oldest == nil {
+				continue
+			}
+			n := m.nodes[oldest.node]
+			if !n.synced || n.info.Cordoned {
+				continue
+			}
+			c := candidate{id: oldest.id, of: oldest, degree: degree, beside: near[n.name], inZone: near[n.zone], spares: len(s),
+				created: oldest.created, image: n.has(f.revision.GetName())}
+			if !yield(c) {
+				return
+			}
+		}
+	}
 }
 
 // neighbours counts a Function's Instances by node and by zone, none of which is named as the others are.
@@ -355,7 +374,7 @@ func (m *Manager) neighbours(f *function) map[string]int {
 	for i := range m.index.functions[f.name] {
 		if n := m.nodes[i.node]; n != nil && i.state != hearthv1.State_STATE_FROZEN && !i.leaving() {
 			near[n.name]++
-			near[n.zone()]++
+			near[n.zone]++
 		}
 	}
 	return near

@@ -287,7 +287,7 @@ func (m *Manager) reserve(now time.Time) {
 			m.at(f.retry)
 			continue
 		}
-		if c := m.count(f); m.upNodes() > 0 {
+		if c := m.count(f); m.up > 0 {
 			m.start(now, f, f.scaling.min-c.ready-c.starting)
 		}
 	}
@@ -319,7 +319,7 @@ func (m *Manager) rollOut(now time.Time) {
 			for _, i := range old {
 				m.release(now, i, toDiscard)
 			}
-		case c.starting > 0 || m.upNodes() == 0:
+		case c.starting > 0 || m.up == 0:
 		case f.failures >= maxFailures && now.Before(f.retry):
 			m.at(f.retry)
 		default:
@@ -376,7 +376,7 @@ func (m *Manager) Scale(name string, desired int, reason string) {
 	f.desired, f.reason = desired, reason
 	c, now := m.count(f), time.Now()
 	switch lacks := desired - c.ready - c.starting; {
-	case lacks > 0 && m.upNodes() > 0:
+	case lacks > 0 && m.up > 0:
 		m.start(now, f, lacks)
 	case c.ready > desired:
 		m.shrinkTo(now, f, desired, c.ready)

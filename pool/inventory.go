@@ -68,7 +68,8 @@ func (m *Manager) lost(n *node, err error) {
 			m.log.Warn("node lost", "node", n.name, "err", err)
 			n.since = now
 		}
-		n.synced, n.heard = false, true
+		m.setSynced(n, false)
+		n.heard = true
 		if n.silent = unanswered(err); n.silent {
 			n.cut() // nobody will answer; claims go elsewhere
 		}
@@ -100,7 +101,8 @@ func (m *Manager) sync(now time.Time, n *node, session int) {
 			m.remove(now, i)
 		}
 	}
-	n.synced, n.heard, n.since = true, true, time.Time{}
+	m.setSynced(n, true)
+	n.heard, n.since = true, time.Time{}
 	clear(n.supplies)
 	m.unsettle(n)
 	m.tellReady()

@@ -125,6 +125,7 @@ type Manager struct {
 	warmSets     []WarmSet
 	gathered     bool
 	gatherEnd    time.Time
+	up           int       // nodes that are synced
 	waited       bool      // allocations waited when stocks were looked at last
 	settleAt     time.Time // when Functions are prepared anew; zero is never
 	functions    map[string]*function
@@ -206,7 +207,7 @@ func (m *Manager) Epoch() int64 { return m.epoch }
 func (m *Manager) tellReady() {
 	switch {
 	case m.config.Ready == nil:
-	case m.upNodes() == 0:
+	case m.up == 0:
 		m.config.Ready(errNoNode)
 	default:
 		m.config.Ready(nil)
@@ -345,14 +346,15 @@ func (m *Manager) fact(change func(now time.Time)) {
 	m.step(now)
 }
 
-func (m *Manager) upNodes() int {
-	n := 0
-	for _, node := range m.nodes {
-		if node.synced {
-			n++
-		}
+// setSynced notes whether a node's stream has told everything, and so how many are there.
+func (m *Manager) setSynced(n *node, synced bool) {
+	switch {
+	case synced && !n.synced:
+		m.up++
+	case !synced && n.synced:
+		m.up--
 	}
-	return n
+	n.synced = synced
 }
 
 // stale ends this term.

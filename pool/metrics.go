@@ -78,7 +78,7 @@ func (c stockCollector) Collect(out chan<- prometheus.Metric) {
 		}
 	}
 	degrees := c.m.degrees()
-	waiting, up, subs := len(c.m.queue), c.m.upNodes(), len(c.m.subscribers)
+	waiting, up, subs := len(c.m.queue), c.m.up, len(c.m.subscribers)
 	c.m.mu.Unlock()
 	for state, n := range states {
 		out <- prometheus.MustNewConstMetric(instances, prometheus.GaugeValue, n, state)

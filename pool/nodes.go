@@ -116,9 +116,6 @@ func (m *Manager) newNode(now time.Time, name string, client Node, info NodeInfo
 	return n
 }
 
-// zone is a name for what fails together, or that of nothing.
-func (n *node) zone() string { return "zone/" + n.info.Labels[zoneLabel] }
-
 // AddNode has the Manager work on one more node. A name that is there already is an error: what is known of its Instances is of the
 // other client.
 func (m *Manager) AddNode(name string, client Node, info NodeInfo) error {
@@ -157,7 +154,8 @@ func (m *Manager) RemoveNode(name string) {
 		}
 		m.log.Info("node removed", "node", name)
 		delete(m.nodes, name)
-		n.removed, n.synced, n.heard = true, false, true
+		m.setSynced(n, false)
+		n.removed, n.heard = true, true
 		if n.stop != nil {
 			n.stop()
 		}
@@ -188,8 +186,9 @@ func (m *Manager) SetWarmSets(sets []WarmSet) {
 	})
 }
 
-// measure sums up what the sets ask of a node.
+// measure takes in what a node is, and sums up what the sets ask of it.
 func (m *Manager) measure(n *node) {
+	n.zone = "zone/" + n.info.Labels[zoneLabel]
 	m.unsettle(n)
 	n.sizes, n.images = map[string]int{}, nil
 	for _, s := range m.warmSets {

@@ -218,7 +218,7 @@ func (m *Manager) forgetFailed(a *allocation) {
 
 // late says why an allocation got no Instance in time.
 func (m *Manager) late(a *allocation) error {
-	if m.upNodes() == 0 {
+	if m.up == 0 {
 		return unavailable(fmt.Errorf("function %s: %w", a.function, errNoNode))
 	}
 	if a.lastErr != nil {

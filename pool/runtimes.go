@@ -343,7 +343,7 @@ func (m *Manager) stocked(name string) (bool, error) {
 		return false, noRuntime(name)
 	case m.closed:
 		return false, unavailable(errShutdown)
-	case m.upNodes() == 0:
+	case m.up == 0:
 		return false, unavailable(fmt.Errorf("runtime %s is stored, but not prepared: %w", name, errNoNode))
 	}
 	if errs := m.supplyErrors(name); len(errs) > 0 {

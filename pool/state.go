@@ -131,6 +131,7 @@ type node struct {
 	hash   uint64 // of name
 	client Node
 	info   NodeInfo
+	zone   string         // a name for what fails together with it, or that of nothing
 	sizes  map[string]int // that warm sets ask for, by Runtime
 	images []string       // that they want there
 	// calls that are under way; stop ends watch.
