@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -162,6 +163,7 @@ func (m *Manager) enter(a *allocation) {
 		m.unfinished[a.function] = map[*allocation]struct{}{}
 	}
 	m.unfinished[a.function][a] = struct{}{}
+	m.miss(a.function)
 }
 
 // earlier finds the Instance that an allocation of an earlier term got, or is getting.
@@ -311,11 +313,14 @@ func (m *Manager) turns(now time.Time) (turns []turn, total int) {
 func (m *Manager) pick(f *function, pod string) *instance {
 	near := m.neighbours(f)
 	if frozen := m.frozenOf(f); len(frozen) > 0 {
-		alone := map[string]set{}
-		for i := range frozen {
-			alone[i.id] = set{i: {}}
+		each := func(yield func(set) bool) {
+			for i := range frozen {
+				if !yield(set{i: {}}) {
+					return
+				}
+			}
 		}
-		if best, ok := choose(m.candidates(f, near, alone, hearthv1.Degree_DEGREE_REVISION)); ok {
+		if best, ok := choose(m.candidates(f, near, each, hearthv1.Degree_DEGREE_REVISION)); ok {
 			return best.of
 		}
 	}
@@ -327,22 +332,40 @@ func (m *Manager) pick(f *function, pod string) *instance {
 		own = own.ground()
 	}
 	if own != (kind{}) {
-		if best, ok := choose(m.candidates(f, near, m.index.spare[own], degree)); ok {
-			return best.of
+		if i := m.spareFor(f, near, own, degree); i != nil {
+			return i
 		}
 	}
 	if pod == "" {
-		if best, ok := choose(m.candidates(f, near, m.index.spare[kind{}], hearthv1.Degree_DEGREE_SANDBOX)); ok {
-			return best.of
-		}
+		return m.spareFor(f, near, kind{}, hearthv1.Degree_DEGREE_SANDBOX)
 	}
 	return nil
 }
 
+// spareFor chooses a spare Instance. Only if there is none where the Revision is prepared are all nodes looked at, which may be hundreds.
+func (m *Manager) spareFor(f *function, near map[string]int, k kind, degree hearthv1.Degree) *instance {
+	spare := m.index.spare[k]
+	if len(spare) == 0 {
+		return nil
+	}
+	prepared := func(yield func(set) bool) {
+		for n := range m.holders[f.revision.GetName()] {
+			if !yield(spare[n.name]) {
+				return
+			}
+		}
+	}
+	best, ok := choose(m.candidates(f, near, prepared, degree))
+	if !ok {
+		best, _ = choose(m.candidates(f, near, maps.Values(spare), degree))
+	}
+	return best.of
+}
+
 // candidates are the oldest of sets of Instances that are each on one node, as far as they can be claimed.
-func (m *Manager) candidates(f *function, near map[string]int, sets map[string]set, degree hearthv1.Degree) iter.Seq[candidate] {
+func (m *Manager) candidates(f *function, near map[string]int, sets iter.Seq[set], degree hearthv1.Degree) iter.Seq[candidate] {
 	return func(yield func(candidate) bool) {
-		for _, s := range sets {
+		for s := range sets {
 			var oldest *instance
 			for i := range s {
 				if !i.refused && (oldest == nil || cmp.Or(i.created.Compare(oldest.created), cmp.Compare(i.id, oldest.id)) < 0) {

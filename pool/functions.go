@@ -270,6 +270,7 @@ func (m *Manager) finishDeletions() {
 // attend notes whether there is something to do for a Function even while nothing of it changes: a minimum to keep, a deletion to
 // end, Revisions to forget.
 func (m *Manager) attend(f *function) {
+	m.miss(f.name)
 	if f.deleting || f.scaling.min > 0 || len(f.old) > 0 {
 		m.attended[f] = struct{}{}
 		return
@@ -277,18 +278,26 @@ func (m *Manager) attend(f *function) {
 	delete(m.attended, f)
 }
 
+// miss has the next step look whether a Function has fewer Instances than its minimum. Whoever changes what counts for that calls it: place
+// does for Instances.
+func (m *Manager) miss(name string) {
+	if f := m.functions[name]; f != nil && f.scaling.min > 0 {
+		m.lacking[f] = struct{}{}
+	}
+}
+
 // reserve begins Instances for Functions that have fewer than their minimum.
 func (m *Manager) reserve(now time.Time) {
-	for f := range m.attended {
-		if f.deleting || f.scaling.min == 0 {
-			continue
-		}
-		if f.failures >= maxFailures && now.Before(f.retry) {
+	for f := range m.lacking {
+		c := m.count(f)
+		lacks := f.scaling.min - c.ready - c.starting
+		switch {
+		case m.functions[f.name] != f || f.deleting || lacks <= 0:
+			delete(m.lacking, f)
+		case f.failures >= maxFailures && now.Before(f.retry):
 			m.at(f.retry)
-			continue
-		}
-		if c := m.count(f); m.up > 0 {
-			m.start(now, f, f.scaling.min-c.ready-c.starting)
+		case m.up > 0:
+			m.start(now, f, lacks)
 		}
 	}
 }

@@ -91,8 +91,10 @@ func (m *Manager) position(i *instance) position {
 
 // place brings the index up to date with an Instance.
 func (m *Manager) place(i *instance) {
-	m.unsettle(m.nodes[i.node])
 	to := m.position(i)
+	m.unsettle(m.nodes[i.node])
+	m.miss(i.at.function)
+	m.miss(to.function)
 	if to == i.at {
 		return
 	}

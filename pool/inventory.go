@@ -69,7 +69,7 @@ func (m *Manager) lost(n *node, err error) {
 			n.since = now
 		}
 		m.setSynced(n, false)
-		n.heard = true
+		n.heard, m.listen = true, true
 		if n.silent = unanswered(err); n.silent {
 			n.cut() // nobody will answer; claims go elsewhere
 		}
@@ -83,7 +83,9 @@ func (m *Manager) event(n *node, session int, e *hearthv1.WatchInstancesResponse
 		if n.removed {
 			return
 		}
-		n.silent = false
+		if n.silent {
+			n.silent, m.listen = false, true
+		}
 		if i := e.GetInstance(); i != nil {
 			m.observe(now, n, session, i)
 		}
@@ -115,7 +117,7 @@ func (m *Manager) sync(now time.Time, n *node, session int) {
 	if m.config.PrepareNodes > 0 {
 		for name, p := range n.prepares { // it may have less than it had
 			if p.run == nil && !m.isRuntimeImage(name) {
-				delete(n.prepares, name)
+				m.dropPrepared(n, name)
 			}
 		}
 		m.resettle(now)

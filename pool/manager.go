@@ -126,11 +126,14 @@ type Manager struct {
 	gathered     bool
 	gatherEnd    time.Time
 	up           int       // nodes that are synced
+	listen       bool      // whether a node is silent may have changed: see hush
 	waited       bool      // allocations waited when stocks were looked at last
 	settleAt     time.Time // when Functions are prepared anew; zero is never
 	functions    map[string]*function
-	changed      map[*function]struct{} // that gateways have to hear of
-	attended     map[*function]struct{} // see attend
+	changed      map[*function]struct{}        // that gateways have to hear of
+	attended     map[*function]struct{}        // see attend
+	lacking      map[*function]struct{}        // that may have fewer than their minimum
+	holders      map[string]map[*node]struct{} // nodes that have a Revision, by its name
 	serials      map[string]int64
 	tombstones   map[string]int64 // versions of the events that deleted Functions
 	runtimes     map[string]*runtime
@@ -168,7 +171,8 @@ func New(c Config) (*Manager, error) {
 		config: c, log: c.Logger.With("epoch", epoch), epoch: epoch, wake: make(chan struct{}, 1), open: make(chan struct{}),
 		// So that versions grow over restarts too.
 		version: epoch << 32,
-		nodes:   map[string]*node{}, functions: map[string]*function{}, changed: map[*function]struct{}{}, attended: map[*function]struct{}{}, serials: map[string]int64{},
+		nodes:   map[string]*node{}, functions: map[string]*function{}, changed: map[*function]struct{}{}, attended: map[*function]struct{}{}, lacking: map[*function]struct{}{},
+		holders: map[string]map[*node]struct{}{}, serials: map[string]int64{},
 		tombstones: map[string]int64{}, runtimes: map[string]*runtime{}, instances: map[string]*instance{}, index: newIndex(),
 		allocations: map[string]*allocation{}, unfinished: map[string]map[*allocation]struct{}{},
 		subscribers: map[string]*subscriber{}, acknowledged: make(chan struct{}), news: make(chan struct{}),
@@ -354,7 +358,7 @@ func (m *Manager) setSynced(n *node, synced bool) {
 	case !synced && n.synced:
 		m.up--
 	}
-	n.synced = synced
+	n.synced, m.listen = synced, true
 }
 
 // stale ends this term.

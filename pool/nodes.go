@@ -155,12 +155,13 @@ func (m *Manager) RemoveNode(name string) {
 		m.log.Info("node removed", "node", name)
 		delete(m.nodes, name)
 		m.setSynced(n, false)
-		n.removed, n.heard = true, true
+		n.removed, n.heard, m.listen = true, true, true
 		if n.stop != nil {
 			n.stop()
 		}
 		n.cut()
-		for _, p := range n.prepares {
+		for name, p := range n.prepares {
+			m.hold(n, name, false)
 			if p.run != nil && !p.started {
 				p.err, p.run = errNodeGone, nil
 				close(p.done)
@@ -211,7 +212,7 @@ func (m *Manager) prepareImage(n *node, ref string) {
 		pin:      func(string) error { return nil },
 		then: func(now time.Time, err error) {
 			if err != nil { // it is tried again, with all else that is missing then
-				delete(n.prepares, name)
+				m.dropPrepared(n, name)
 				if next := now.Add(imageRetry); m.settleAt.IsZero() || m.settleAt.After(next) {
 					m.settleAt = next
 					m.at(next)
@@ -280,17 +281,18 @@ func unanswered(err error) bool {
 // hush takes in whether a node says nothing, and keeps traffic from the Instances of those that do. They are not forgotten: should the
 // node be back before NodeTimeout, so are they.
 func (m *Manager) hush() {
-	silent, up := 0, 0
+	if !m.listen {
+		return
+	}
+	m.listen = false
+	silent := 0
 	for _, n := range m.nodes {
 		if n.silent {
 			silent++
 		}
-		if n.synced {
-			up++
-		}
 	}
 	// When most are silent it is this poolmanager that is cut off, and no reason to take away what gateways can reach.
-	believed := silent <= up
+	believed := silent <= m.up
 	for _, n := range m.nodes {
 		away := n.silent && believed
 		if n.away == away {

@@ -169,6 +169,7 @@ func (m *Manager) finish(now time.Time, a *allocation, res *hearthv1.AllocateRes
 	if delete(m.unfinished[a.function], a); len(m.unfinished[a.function]) == 0 {
 		delete(m.unfinished, a.function)
 	}
+	m.miss(a.function)
 	if err == nil {
 		m.succeeded = append(m.succeeded, a)
 	} else {
