@@ -25,7 +25,7 @@ const (
 func (m *Manager) watch(ctx context.Context, n *node) {
 	for failures := 0; ctx.Err() == nil; {
 		session := m.connected(n)
-		err := n.client.Watch(ctx, func(e *hearthv1.WatchInstancesResponse) error {
+		err := n.client.Watch(ctx, m.epoch, func(e *hearthv1.WatchInstancesResponse) error {
 			if e.GetEpoch() > m.epoch {
 				m.stale(ctx, n.name, e.GetEpoch())
 				return ErrStale

@@ -245,9 +245,10 @@ func (a *agent) ForgetRevision(context.Context, *connect.Request[hearthv1.Forget
 }
 
 // WatchInstances sends all, the mark, and each change.
-func (a *agent) WatchInstances(ctx context.Context, _ *connect.Request[hearthv1.WatchInstancesRequest], out *connect.ServerStream[hearthv1.WatchInstancesResponse]) error {
+func (a *agent) WatchInstances(ctx context.Context, r *connect.Request[hearthv1.WatchInstancesRequest], out *connect.ServerStream[hearthv1.WatchInstancesResponse]) error {
 	w := make(chan *hearthv1.WatchInstancesResponse, watched)
 	a.mu.Lock()
+	_ = a.admit(r.Msg.GetEpoch()) // who is too late is told so by what follows
 	opening := make([]*hearthv1.WatchInstancesResponse, 0, len(a.instances)+1)
 	for _, i := range a.instances {
 		opening = append(opening, &hearthv1.WatchInstancesResponse{Event: &hearthv1.WatchInstancesResponse_Instance{Instance: proto.CloneOf(i)}, Node: a.name, Epoch: a.epoch})
