@@ -86,6 +86,21 @@ func TestEpochs(t *testing.T) {
 	if _, err := activate(e, "b", "c2", 6, time.Minute); err != nil {
 		t.Error(err)
 	}
+	// A term is the last from when it listens, and one that is over may listen, to learn so.
+	for _, epoch := range []int64{8, 7} {
+		heard := errors.New("heard")
+		err := e.WatchIn(t.Context(), epoch, func(r *hearthv1.WatchInstancesResponse) error {
+			if r.GetEpoch() != 8 {
+				t.Errorf("term %d is told of term %d, not of 8", epoch, r.GetEpoch())
+			}
+			return heard
+		})
+		if !errors.Is(err, heard) {
+			t.Error(err)
+		}
+	}
+	wantCode(t, discard(e, "b", 7), connect.CodeFailedPrecondition)
+	wantCode(t, e.WatchIn(t.Context(), -1, nil), connect.CodeInvalidArgument)
 }
 
 func TestClaimThatDoesNotServeByItsDeadlineIsDiscarded(t *testing.T) {

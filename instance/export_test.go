@@ -51,9 +51,14 @@ func NewWithBackend(cfg Config, b backend, host string) (*Engine, error) {
 	return newEngine(cfg, b, cgroups{root: filepath.Join(host, "cgroup"), parent: cfg.CgroupParent}, filepath.Join(host, "proc"))
 }
 
-// Watch is WatchInstances without a connection.
+// Watch is WatchInstances without a connection, of nobody's term.
 func (e *Engine) Watch(ctx context.Context, send func(*hearthv1.WatchInstancesResponse) error) error {
-	return e.watch(ctx, send)
+	return e.watch(ctx, 0, send)
+}
+
+// WatchIn is Watch of a term.
+func (e *Engine) WatchIn(ctx context.Context, epoch int64, send func(*hearthv1.WatchInstancesResponse) error) error {
+	return e.watch(ctx, epoch, send)
 }
 
 // StreamLogs is Logs without a connection.

@@ -117,17 +117,21 @@ func (h *hub) close() {
 }
 
 // WatchInstances implements NodeService. A subscriber that falls more than 1,024 changes behind gets ResourceExhausted and has
-// to begin again.
-func (e *Engine) WatchInstances(ctx context.Context, _ *connect.Request[hearthv1.WatchInstancesRequest],
+// to begin again. A term that begins so is the last from then on, before it has claimed anything.
+func (e *Engine) WatchInstances(ctx context.Context, req *connect.Request[hearthv1.WatchInstancesRequest],
 	stream *connect.ServerStream[hearthv1.WatchInstancesResponse],
 ) error {
-	return e.watch(ctx, stream.Send)
+	return e.watch(ctx, req.Msg.GetEpoch(), stream.Send)
 }
 
-func (e *Engine) watch(ctx context.Context, send func(*hearthv1.WatchInstancesResponse) error) error {
+func (e *Engine) watch(ctx context.Context, epoch int64, send func(*hearthv1.WatchInstancesResponse) error) error {
+	if epoch < 0 {
+		return connectError(invalid("epoch %d is negative", epoch))
+	}
 	if err := e.open(); err != nil {
 		return connectError(err)
 	}
+	_ = e.admit(epoch) // who is too late is told so by what follows
 	all, s := e.hub.subscribe()
 	defer e.hub.unsubscribe(s)
 	tell := func(p *hearthv1.Instance, epoch int64) error {
@@ -135,7 +139,7 @@ func (e *Engine) watch(ctx context.Context, send func(*hearthv1.WatchInstancesRe
 			Event: &hearthv1.WatchInstancesResponse_Instance{Instance: proto.CloneOf(p)}, Node: e.cfg.Node, Epoch: epoch,
 		})
 	}
-	epoch := e.hub.currentEpoch()
+	epoch = e.hub.currentEpoch()
 	for _, p := range all {
 		if err := tell(p, epoch); err != nil {
 			return err

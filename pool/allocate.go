@@ -1,11 +1,14 @@
 package pool
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"iter"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -73,6 +76,7 @@ func codeOf(ctx context.Context) connect.Code {
 }
 
 func (m *Manager) join(name, id string, deadline time.Time) (*allocation, error) {
+	came := time.Now()
 	if id == "" {
 		id = newID("a-")
 	}
@@ -98,6 +102,7 @@ func (m *Manager) join(name, id string, deadline time.Time) (*allocation, error)
 		return nil, err
 	}
 	a.callers++
+	a.came = came
 	m.step(now)
 	return a, nil
 }
@@ -158,6 +163,7 @@ func (m *Manager) enter(a *allocation) {
 		m.unfinished[a.function] = map[*allocation]struct{}{}
 	}
 	m.unfinished[a.function][a] = struct{}{}
+	m.miss(a.function)
 }
 
 // earlier finds the Instance that an allocation of an earlier term got, or is getting.
@@ -252,7 +258,7 @@ func (m *Manager) dispatch(now time.Time) {
 	if len(m.queue) == 0 {
 		return
 	}
-	limit := m.config.ClaimsPerNode * m.upNodes()
+	limit := m.config.ClaimsPerNode * m.up
 	turns, total := m.turns(now)
 	seats := seating{}
 	for total < limit {
@@ -305,21 +311,18 @@ func (m *Manager) turns(now time.Time) (turns []turn, total int) {
 // sandbox can become anything, but an image is never put into a booted Runtime. What is to be in a pod that it shares is there, or
 // waited for.
 func (m *Manager) pick(f *function, pod string) *instance {
-	var all []*instance
-	var candidates []candidate
 	near := m.neighbours(f)
-	add := func(s set, degree hearthv1.Degree) {
-		for i := range s {
-			n := m.nodes[i.node]
-			if i.refused || !n.synced || n.info.Cordoned {
-				continue
-			}
-			all = append(all, i)
-			candidates = append(candidates, candidate{id: i.id, degree: degree, beside: near[n.name], inZone: near[n.zone()], spares: len(s), created: i.created, image: n.has(f.revision.GetName())})
-		}
-	}
 	if frozen := m.frozenOf(f); len(frozen) > 0 {
-		add(frozen, hearthv1.Degree_DEGREE_REVISION)
+		each := func(yield func(set) bool) {
+			for i := range frozen {
+				if !yield(set{i: {}}) {
+					return
+				}
+			}
+		}
+		if best, ok := choose(m.candidates(f, near, each, hearthv1.Degree_DEGREE_REVISION)); ok {
+			return best.of
+		}
 	}
 	own, degree := m.kindFor(f.name).in(pod), hearthv1.Degree_DEGREE_RUNTIME
 	if own.runtime == "" {
@@ -328,20 +331,61 @@ func (m *Manager) pick(f *function, pod string) *instance {
 	if pod == "" {
 		own = own.ground()
 	}
-	if len(all) == 0 && own != (kind{}) {
-		for _, n := range m.nodes {
-			add(m.index.spare[place{n.name, own}], degree)
+	if own != (kind{}) {
+		if i := m.spareFor(f, near, own, degree); i != nil {
+			return i
 		}
 	}
-	if len(all) == 0 && pod == "" {
-		for _, n := range m.nodes {
-			add(m.index.spare[place{n.name, kind{}}], hearthv1.Degree_DEGREE_SANDBOX)
-		}
-	}
-	if best := choose(candidates); best >= 0 {
-		return all[best]
+	if pod == "" {
+		return m.spareFor(f, near, kind{}, hearthv1.Degree_DEGREE_SANDBOX)
 	}
 	return nil
+}
+
+// spareFor chooses a spare Instance. Only if there is none where the Revision is prepared are all nodes looked at, which may be hundreds.
+func (m *Manager) spareFor(f *function, near map[string]int, k kind, degree hearthv1.Degree) *instance {
+	spare := m.index.spare[k]
+	if len(spare) == 0 {
+		return nil
+	}
+	prepared := func(yield func(set) bool) {
+		for n := range m.holders[f.revision.GetName()] {
+			if !yield(spare[n.name]) {
+				return
+			}
+		}
+	}
+	best, ok := choose(m.candidates(f, near, prepared, degree))
+	if !ok {
+		best, _ = choose(m.candidates(f, near, maps.Values(spare), degree))
+	}
+	return best.of
+}
+
+// candidates are the oldest of sets of Instances that are each on one node, as far as they can be claimed.
+func (m *Manager) candidates(f *function, near map[string]int, sets iter.Seq[set], degree hearthv1.Degree) iter.Seq[candidate] {
+	return func(yield func(candidate) bool) {
+		for s := range sets {
+			var oldest *instance
+			for i := range s {
+				if !i.refused && (oldest == nil || cmp.Or(i.created.Compare(oldest.created), cmp.Compare(i.id, oldest.id)) < 0) {
+					oldest = i
+				}
+			}
+			if oldest == nil {
+				continue
+			}
+			n := m.nodes[oldest.node]
+			if !n.synced || n.info.Cordoned {
+				continue
+			}
+			c := candidate{id: oldest.id, of: oldest, degree: degree, beside: near[n.name], inZone: near[n.zone], spares: len(s),
+				created: oldest.created, image: n.has(f.revision.GetName())}
+			if !yield(c) {
+				return
+			}
+		}
+	}
 }
 
 // neighbours counts a Function's Instances by node and by zone, none of which is named as the others are.
@@ -353,7 +397,7 @@ func (m *Manager) neighbours(f *function) map[string]int {
 	for i := range m.index.functions[f.name] {
 		if n := m.nodes[i.node]; n != nil && i.state != hearthv1.State_STATE_FROZEN && !i.leaving() {
 			near[n.name]++
-			near[n.zone()]++
+			near[n.zone]++
 		}
 	}
 	return near
@@ -370,7 +414,11 @@ func (m *Manager) activate(now time.Time, f *function, a *allocation, i *instanc
 	m.place(i)
 	n.began = now
 	req := &hearthv1.ActivateRequest{InstanceId: i.id, Claim: a.claim, Revision: m.complete(f)}
+	atOnce, came := now.Equal(a.begun) && !a.came.IsZero(), a.came
 	m.call(n, func(ctx context.Context) {
+		if atOnce {
+			m.metrics.decideTime.Observe(time.Since(came).Seconds())
+		}
 		ctx, cancel := context.WithDeadline(ctx, a.deadline.Add(outcomeSlack))
 		defer cancel()
 		res, err := n.client.Activate(ctx, req)

@@ -41,7 +41,7 @@ func (n *swift) tell(i *hearthv1.Instance) {
 	n.events <- &hearthv1.WatchInstancesResponse{Node: "node", Event: &hearthv1.WatchInstancesResponse_Instance{Instance: i}}
 }
 
-func (n *swift) Watch(ctx context.Context, event func(*hearthv1.WatchInstancesResponse) error) error {
+func (n *swift) Watch(ctx context.Context, _ int64, event func(*hearthv1.WatchInstancesResponse) error) error {
 	for _, i := range n.all {
 		n.tell(i)
 	}

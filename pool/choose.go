@@ -2,15 +2,17 @@ package pool
 
 import (
 	"cmp"
+	"iter"
 	"slices"
 	"time"
 
 	hearthv1 "github.com/hearth-serverless/hearth/api/v1alpha1"
 )
 
-// candidate is an Instance that a Revision may claim.
+// candidate is an Instance that a Revision may claim: of those on one node that are alike, the oldest.
 type candidate struct {
 	id      string
+	of      *instance
 	degree  hearthv1.Degree
 	image   bool // the Revision's image is on its node
 	beside  int  // Instances of the Function that are on its node
@@ -28,16 +30,15 @@ func (c candidate) warmth() int {
 	return w
 }
 
-// choose returns the index of the best candidate, or -1: the warmest, then the one with fewest of its Function's Instances beside it,
+// choose returns the best candidate, if there is any: the warmest, then the one with fewest of its Function's Instances beside it,
 // so that they do not fail together, then the one whose node has most to spare, then the oldest.
-func choose(candidates []candidate) int {
-	best := -1
-	for i, c := range candidates {
-		if best < 0 || better(c, candidates[best]) {
-			best = i
+func choose(candidates iter.Seq[candidate]) (best candidate, ok bool) {
+	for c := range candidates {
+		if !ok || better(c, best) {
+			best, ok = c, true
 		}
 	}
-	return best
+	return best, ok
 }
 
 func better(a, b candidate) bool {

@@ -293,7 +293,7 @@ func (n *fakeNode) Discard(ctx context.Context, r *hearthv1.DiscardRequest) erro
 	return n.leave("discard", r.InstanceId)
 }
 
-func (n *fakeNode) Watch(ctx context.Context, event func(*hearthv1.WatchInstancesResponse) error) error {
+func (n *fakeNode) Watch(ctx context.Context, epoch int64, event func(*hearthv1.WatchInstancesResponse) error) error {
 	n.mu.Lock()
 	n.sleep(n.watchTime)
 	if n.dead {
@@ -305,6 +305,7 @@ func (n *fakeNode) Watch(ctx context.Context, event func(*hearthv1.WatchInstance
 		n.mu.Unlock()
 		return code(connect.CodeUnavailable, "connection refused")
 	}
+	n.epoch = max(n.epoch, epoch)
 	events, broken := make(chan *hearthv1.WatchInstancesResponse, 10_000), make(chan struct{})
 	for _, id := range slices.Sorted(maps.Keys(n.instances)) {
 		events <- &hearthv1.WatchInstancesResponse{Event: &hearthv1.WatchInstancesResponse_Instance{Instance: proto.CloneOf(n.instances[id])}, Epoch: n.epoch}

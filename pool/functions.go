@@ -270,6 +270,7 @@ func (m *Manager) finishDeletions() {
 // attend notes whether there is something to do for a Function even while nothing of it changes: a minimum to keep, a deletion to
 // end, Revisions to forget.
 func (m *Manager) attend(f *function) {
+	m.miss(f.name)
 	if f.deleting || f.scaling.min > 0 || len(f.old) > 0 {
 		m.attended[f] = struct{}{}
 		return
@@ -277,18 +278,26 @@ func (m *Manager) attend(f *function) {
 	delete(m.attended, f)
 }
 
+// miss has the next step look whether a Function has fewer Instances than its minimum. Whoever changes what counts for that calls it: place
+// does for Instances.
+func (m *Manager) miss(name string) {
+	if f := m.functions[name]; f != nil && f.scaling.min > 0 {
+		m.lacking[f] = struct{}{}
+	}
+}
+
 // reserve begins Instances for Functions that have fewer than their minimum.
 func (m *Manager) reserve(now time.Time) {
-	for f := range m.attended {
-		if f.deleting || f.scaling.min == 0 {
-			continue
-		}
-		if f.failures >= maxFailures && now.Before(f.retry) {
+	for f := range m.lacking {
+		c := m.count(f)
+		lacks := f.scaling.min - c.ready - c.starting
+		switch {
+		case m.functions[f.name] != f || f.deleting || lacks <= 0:
+			delete(m.lacking, f)
+		case f.failures >= maxFailures && now.Before(f.retry):
 			m.at(f.retry)
-			continue
-		}
-		if c := m.count(f); m.upNodes() > 0 {
-			m.start(now, f, f.scaling.min-c.ready-c.starting)
+		case m.up > 0:
+			m.start(now, f, lacks)
 		}
 	}
 }
@@ -319,7 +328,7 @@ func (m *Manager) rollOut(now time.Time) {
 			for _, i := range old {
 				m.release(now, i, toDiscard)
 			}
-		case c.starting > 0 || m.upNodes() == 0:
+		case c.starting > 0 || m.up == 0:
 		case f.failures >= maxFailures && now.Before(f.retry):
 			m.at(f.retry)
 		default:
@@ -328,13 +337,27 @@ func (m *Manager) rollOut(now time.Time) {
 	}
 }
 
-// Functions lists every Function with its status. What it returns must not be changed.
-func (m *Manager) Functions() []*hearthv1.Function {
+// listedAtOnce is how many Functions are described before others get the mutex: a claim must not wait for a list of thousands.
+const listedAtOnce = 100
+
+// Functions lists those of the names that there are, or without names all, with their status. What it returns must not be changed.
+func (m *Manager) Functions(names ...string) (all []*hearthv1.Function) {
+	if len(names) == 0 {
+		m.mu.Lock()
+		names = slices.Collect(maps.Keys(m.functions))
+		m.mu.Unlock()
+	}
+	for some := range slices.Chunk(names, listedAtOnce) {
+		all = m.appendFunctions(all, some)
+	}
+	return all
+}
+
+func (m *Manager) appendFunctions(all []*hearthv1.Function, names []string) []*hearthv1.Function {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	all := make([]*hearthv1.Function, 0, len(m.functions))
-	for _, f := range m.functions {
-		if !f.deleting {
+	for _, name := range names {
+		if f := m.functions[name]; f != nil && !f.deleting {
 			all = append(all, m.message(f))
 		}
 	}
@@ -349,23 +372,27 @@ func (m *Manager) message(f *function) *hearthv1.Function {
 	}}
 }
 
-// Scale begins Instances of a Function up to desired, or releases those that are more. It does not block.
+// Scale begins Instances of a Function up to desired, or releases those that are more. It does not block. Most of what the scaler says,
+// of each Function each second, changes nothing, and costs next to nothing.
 func (m *Manager) Scale(name string, desired int, reason string) {
-	m.fact(func(now time.Time) {
-		f := m.functions[name]
-		if f == nil || f.deleting || m.closed {
-			return
-		}
-		desired = min(max(desired, f.scaling.min), f.scaling.max)
-		f.desired, f.reason = desired, reason
-		c := m.count(f)
-		if n := desired - c.ready - c.starting; n > 0 && m.upNodes() > 0 {
-			m.start(now, f, n)
-		}
-		if c.ready > desired {
-			m.shrinkTo(now, f, desired, c.ready)
-		}
-	})
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f := m.functions[name]
+	if f == nil || f.deleting || m.closed {
+		return
+	}
+	desired = min(max(desired, f.scaling.min), f.scaling.max)
+	f.desired, f.reason = desired, reason
+	c, now := m.count(f), time.Now()
+	switch lacks := desired - c.ready - c.starting; {
+	case lacks > 0 && m.up > 0:
+		m.start(now, f, lacks)
+	case c.ready > desired:
+		m.shrinkTo(now, f, desired, c.ready)
+	default:
+		return
+	}
+	m.step(now)
 }
 
 func (m *Manager) shrinkTo(now time.Time, f *function, desired, ready int) {

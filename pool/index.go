@@ -13,6 +13,31 @@ type place struct {
 	kind kind
 }
 
+// shops has the spare Instances by kind, and then by node: where there are none, nobody looks at any node.
+type shops map[kind]map[string]set
+
+func (s shops) at(p place) set { return s[p.kind][p.node] }
+
+// put moves an Instance in or out.
+func (s shops) put(p place, i *instance, in bool) {
+	if in {
+		if s[p.kind] == nil {
+			s[p.kind] = map[string]set{}
+		}
+		if s[p.kind][p.node] == nil {
+			s[p.kind][p.node] = set{}
+		}
+		s[p.kind][p.node][i] = struct{}{}
+		return
+	}
+	if delete(s.at(p), i); len(s.at(p)) > 0 {
+		return
+	}
+	if delete(s[p.kind], p.node); len(s[p.kind]) == 0 {
+		delete(s, p.kind)
+	}
+}
+
 // position says which sets of the index an Instance is in. It follows from the Instance and its Function alone.
 type position struct {
 	function string // whose it is, or is about to be
@@ -30,12 +55,12 @@ type position struct {
 type index struct {
 	functions, nodes           map[string]set
 	groups                     map[group]set
-	spare                      map[place]set
+	spare                      shops
 	frozen, restless, outdated set
 }
 
 func newIndex() index {
-	return index{functions: map[string]set{}, nodes: map[string]set{}, groups: map[group]set{}, spare: map[place]set{}, frozen: set{}, restless: set{}, outdated: set{}}
+	return index{functions: map[string]set{}, nodes: map[string]set{}, groups: map[group]set{}, spare: shops{}, frozen: set{}, restless: set{}, outdated: set{}}
 }
 
 // position of an Instance that is known; the zero value is that of one that is not.
@@ -67,6 +92,9 @@ func (m *Manager) position(i *instance) position {
 // place brings the index up to date with an Instance.
 func (m *Manager) place(i *instance) {
 	to := m.position(i)
+	m.unsettle(m.nodes[i.node])
+	m.miss(i.at.function)
+	m.miss(to.function)
 	if to == i.at {
 		return
 	}
@@ -74,7 +102,12 @@ func (m *Manager) place(i *instance) {
 	move(x.functions, i.at.function, to.function, i.at.function != "", to.function != "", i)
 	move(x.nodes, i.at.node, to.node, i.at.node != "", to.node != "", i)
 	move(x.groups, i.at.group, to.group, i.at.group != (group{}), to.group != (group{}), i)
-	move(x.spare, i.at.spare, to.spare, i.at.isSpare, to.isSpare, i)
+	if i.at.isSpare {
+		x.spare.put(i.at.spare, i, false)
+	}
+	if to.isSpare {
+		x.spare.put(to.spare, i, true)
+	}
 	x.frozen.put(i, to.frozen)
 	x.restless.put(i, to.restless)
 	x.outdated.put(i, to.outdated)

@@ -25,7 +25,7 @@ const (
 func (m *Manager) watch(ctx context.Context, n *node) {
 	for failures := 0; ctx.Err() == nil; {
 		session := m.connected(n)
-		err := n.client.Watch(ctx, func(e *hearthv1.WatchInstancesResponse) error {
+		err := n.client.Watch(ctx, m.epoch, func(e *hearthv1.WatchInstancesResponse) error {
 			if e.GetEpoch() > m.epoch {
 				m.stale(ctx, n.name, e.GetEpoch())
 				return ErrStale
@@ -68,7 +68,8 @@ func (m *Manager) lost(n *node, err error) {
 			m.log.Warn("node lost", "node", n.name, "err", err)
 			n.since = now
 		}
-		n.synced, n.heard = false, true
+		m.setSynced(n, false)
+		n.heard, m.listen = true, true
 		if n.silent = unanswered(err); n.silent {
 			n.cut() // nobody will answer; claims go elsewhere
 		}
@@ -82,7 +83,9 @@ func (m *Manager) event(n *node, session int, e *hearthv1.WatchInstancesResponse
 		if n.removed {
 			return
 		}
-		n.silent = false
+		if n.silent {
+			n.silent, m.listen = false, true
+		}
 		if i := e.GetInstance(); i != nil {
 			m.observe(now, n, session, i)
 		}
@@ -100,8 +103,10 @@ func (m *Manager) sync(now time.Time, n *node, session int) {
 			m.remove(now, i)
 		}
 	}
-	n.synced, n.heard, n.since = true, true, time.Time{}
+	m.setSynced(n, true)
+	n.heard, n.since = true, time.Time{}
 	clear(n.supplies)
+	m.unsettle(n)
 	m.tellReady()
 	m.log.Info("node connected", "node", n.name)
 	for _, r := range m.runtimes {
@@ -112,7 +117,7 @@ func (m *Manager) sync(now time.Time, n *node, session int) {
 	if m.config.PrepareNodes > 0 {
 		for name, p := range n.prepares { // it may have less than it had
 			if p.run == nil && !m.isRuntimeImage(name) {
-				delete(n.prepares, name)
+				m.dropPrepared(n, name)
 			}
 		}
 		m.resettle(now)

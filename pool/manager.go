@@ -125,10 +125,15 @@ type Manager struct {
 	warmSets     []WarmSet
 	gathered     bool
 	gatherEnd    time.Time
+	up           int       // nodes that are synced
+	listen       bool      // whether a node is silent may have changed: see hush
+	waited       bool      // allocations waited when stocks were looked at last
 	settleAt     time.Time // when Functions are prepared anew; zero is never
 	functions    map[string]*function
-	changed      map[*function]struct{} // that gateways have to hear of
-	attended     map[*function]struct{} // see attend
+	changed      map[*function]struct{}        // that gateways have to hear of
+	attended     map[*function]struct{}        // see attend
+	lacking      map[*function]struct{}        // that may have fewer than their minimum
+	holders      map[string]map[*node]struct{} // nodes that have a Revision, by its name
 	serials      map[string]int64
 	tombstones   map[string]int64 // versions of the events that deleted Functions
 	runtimes     map[string]*runtime
@@ -166,7 +171,8 @@ func New(c Config) (*Manager, error) {
 		config: c, log: c.Logger.With("epoch", epoch), epoch: epoch, wake: make(chan struct{}, 1), open: make(chan struct{}),
 		// So that versions grow over restarts too.
 		version: epoch << 32,
-		nodes:   map[string]*node{}, functions: map[string]*function{}, changed: map[*function]struct{}{}, attended: map[*function]struct{}{}, serials: map[string]int64{},
+		nodes:   map[string]*node{}, functions: map[string]*function{}, changed: map[*function]struct{}{}, attended: map[*function]struct{}{}, lacking: map[*function]struct{}{},
+		holders: map[string]map[*node]struct{}{}, serials: map[string]int64{},
 		tombstones: map[string]int64{}, runtimes: map[string]*runtime{}, instances: map[string]*instance{}, index: newIndex(),
 		allocations: map[string]*allocation{}, unfinished: map[string]map[*allocation]struct{}{},
 		subscribers: map[string]*subscriber{}, acknowledged: make(chan struct{}), news: make(chan struct{}),
@@ -205,7 +211,7 @@ func (m *Manager) Epoch() int64 { return m.epoch }
 func (m *Manager) tellReady() {
 	switch {
 	case m.config.Ready == nil:
-	case m.upNodes() == 0:
+	case m.up == 0:
 		m.config.Ready(errNoNode)
 	default:
 		m.config.Ready(nil)
@@ -344,14 +350,15 @@ func (m *Manager) fact(change func(now time.Time)) {
 	m.step(now)
 }
 
-func (m *Manager) upNodes() int {
-	n := 0
-	for _, node := range m.nodes {
-		if node.synced {
-			n++
-		}
+// setSynced notes whether a node's stream has told everything, and so how many are there.
+func (m *Manager) setSynced(n *node, synced bool) {
+	switch {
+	case synced && !n.synced:
+		m.up++
+	case !synced && n.synced:
+		m.up--
 	}
-	return n
+	n.synced, m.listen = synced, true
 }
 
 // stale ends this term.

@@ -9,7 +9,7 @@ import (
 
 type metrics struct {
 	allocations, claims, made, discards, drains, freezes, prepares *prometheus.CounterVec
-	allocateTime, drainTime                                        prometheus.Histogram
+	allocateTime, decideTime, drainTime                            prometheus.Histogram
 	slow                                                           prometheus.Counter
 }
 
@@ -32,6 +32,8 @@ func newMetrics(r prometheus.Registerer, m *Manager) *metrics {
 		prepares:    counters("hearth_pool_prepares_total", "Images made present on a node ahead of use, by result."),
 		allocateTime: f.NewHistogram(prometheus.HistogramOpts{Name: "hearth_pool_allocate_seconds",
 			Help: "From an allocation's arrival to an instance that serves.", Buckets: prometheus.ExponentialBuckets(0.005, 2, 14)}),
+		decideTime: f.NewHistogram(prometheus.HistogramOpts{Name: "hearth_pool_decide_seconds",
+			Help: "From an allocation's arrival to the call that claims an instance for it, where there was one at once.", Buckets: prometheus.ExponentialBuckets(0.000125, 2, 12)}),
 		drainTime: f.NewHistogram(prometheus.HistogramOpts{Name: "hearth_pool_drain_seconds",
 			Help: "From the decision to drain an instance to its discard.", Buckets: prometheus.ExponentialBuckets(0.01, 3, 10)}),
 		slow: f.NewCounter(prometheus.CounterOpts{Name: "hearth_pool_slow_subscribers_total", Help: "Subscribers sent away because they fell behind."}),
@@ -76,7 +78,7 @@ func (c stockCollector) Collect(out chan<- prometheus.Metric) {
 		}
 	}
 	degrees := c.m.degrees()
-	waiting, up, subs := len(c.m.queue), c.m.upNodes(), len(c.m.subscribers)
+	waiting, up, subs := len(c.m.queue), c.m.up, len(c.m.subscribers)
 	c.m.mu.Unlock()
 	for state, n := range states {
 		out <- prometheus.MustNewConstMetric(instances, prometheus.GaugeValue, n, state)
@@ -98,11 +100,13 @@ func (m *Manager) degrees() map[[2]string]float64 {
 			out[[2]string{"runtime", r.name}] = 0
 		}
 	}
-	for p, all := range m.index.spare {
-		if p.kind.runtime == "" {
-			out[[2]string{"sandbox", ""}] += float64(len(all))
-		} else if m.current(p.kind) {
-			out[[2]string{"runtime", p.kind.runtime}] += float64(len(all))
+	for k, nodes := range m.index.spare {
+		for _, all := range nodes {
+			if k.runtime == "" {
+				out[[2]string{"sandbox", ""}] += float64(len(all))
+			} else if m.current(k) {
+				out[[2]string{"runtime", k.runtime}] += float64(len(all))
+			}
 		}
 	}
 	for i := range m.index.frozen {

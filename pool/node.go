@@ -18,8 +18,8 @@ type Node interface {
 	Freeze(context.Context, *hearthv1.FreezeRequest) (*hearthv1.Instance, error)
 	Discard(context.Context, *hearthv1.DiscardRequest) error
 	// Watch calls event for each message of WatchInstances, one after the other, until the stream ends, and says why it did. It
-	// ends when event returns an error.
-	Watch(ctx context.Context, event func(*hearthv1.WatchInstancesResponse) error) error
+	// ends when event returns an error. From its beginning on the node refuses claims of earlier terms.
+	Watch(ctx context.Context, epoch int64, event func(*hearthv1.WatchInstancesResponse) error) error
 	PrepareRevision(context.Context, *hearthv1.PrepareRevisionRequest) (*hearthv1.PrepareRevisionResponse, error)
 	ForgetRevision(context.Context, *hearthv1.ForgetRevisionRequest) error
 	ListImports(context.Context, *hearthv1.ListImportsRequest) (*hearthv1.ListImportsResponse, error)
@@ -61,8 +61,8 @@ func (r remote) Discard(ctx context.Context, m *hearthv1.DiscardRequest) error {
 	return err
 }
 
-func (r remote) Watch(ctx context.Context, event func(*hearthv1.WatchInstancesResponse) error) (err error) {
-	stream, err := r.c.WatchInstances(ctx, connect.NewRequest(&hearthv1.WatchInstancesRequest{}))
+func (r remote) Watch(ctx context.Context, epoch int64, event func(*hearthv1.WatchInstancesResponse) error) (err error) {
+	stream, err := r.c.WatchInstances(ctx, connect.NewRequest(&hearthv1.WatchInstancesRequest{Epoch: epoch}))
 	if err != nil {
 		return err
 	}

@@ -116,9 +116,6 @@ func (m *Manager) newNode(now time.Time, name string, client Node, info NodeInfo
 	return n
 }
 
-// zone is a name for what fails together, or that of nothing.
-func (n *node) zone() string { return "zone/" + n.info.Labels[zoneLabel] }
-
 // AddNode has the Manager work on one more node. A name that is there already is an error: what is known of its Instances is of the
 // other client.
 func (m *Manager) AddNode(name string, client Node, info NodeInfo) error {
@@ -157,12 +154,14 @@ func (m *Manager) RemoveNode(name string) {
 		}
 		m.log.Info("node removed", "node", name)
 		delete(m.nodes, name)
-		n.removed, n.synced, n.heard = true, false, true
+		m.setSynced(n, false)
+		n.removed, n.heard, m.listen = true, true, true
 		if n.stop != nil {
 			n.stop()
 		}
 		n.cut()
-		for _, p := range n.prepares {
+		for name, p := range n.prepares {
+			m.hold(n, name, false)
 			if p.run != nil && !p.started {
 				p.err, p.run = errNodeGone, nil
 				close(p.done)
@@ -188,8 +187,10 @@ func (m *Manager) SetWarmSets(sets []WarmSet) {
 	})
 }
 
-// measure sums up what the sets ask of a node.
+// measure takes in what a node is, and sums up what the sets ask of it.
 func (m *Manager) measure(n *node) {
+	n.zone = "zone/" + n.info.Labels[zoneLabel]
+	m.unsettle(n)
 	n.sizes, n.images = map[string]int{}, nil
 	for _, s := range m.warmSets {
 		if s.Covers == nil || s.Covers(n.name, n.info) {
@@ -211,7 +212,7 @@ func (m *Manager) prepareImage(n *node, ref string) {
 		pin:      func(string) error { return nil },
 		then: func(now time.Time, err error) {
 			if err != nil { // it is tried again, with all else that is missing then
-				delete(n.prepares, name)
+				m.dropPrepared(n, name)
 				if next := now.Add(imageRetry); m.settleAt.IsZero() || m.settleAt.After(next) {
 					m.settleAt = next
 					m.at(next)
@@ -280,17 +281,18 @@ func unanswered(err error) bool {
 // hush takes in whether a node says nothing, and keeps traffic from the Instances of those that do. They are not forgotten: should the
 // node be back before NodeTimeout, so are they.
 func (m *Manager) hush() {
-	silent, up := 0, 0
+	if !m.listen {
+		return
+	}
+	m.listen = false
+	silent := 0
 	for _, n := range m.nodes {
 		if n.silent {
 			silent++
 		}
-		if n.synced {
-			up++
-		}
 	}
 	// When most are silent it is this poolmanager that is cut off, and no reason to take away what gateways can reach.
-	believed := silent <= up
+	believed := silent <= m.up
 	for _, n := range m.nodes {
 		away := n.silent && believed
 		if n.away == away {

@@ -169,6 +169,7 @@ func (m *Manager) finish(now time.Time, a *allocation, res *hearthv1.AllocateRes
 	if delete(m.unfinished[a.function], a); len(m.unfinished[a.function]) == 0 {
 		delete(m.unfinished, a.function)
 	}
+	m.miss(a.function)
 	if err == nil {
 		m.succeeded = append(m.succeeded, a)
 	} else {
@@ -218,7 +219,7 @@ func (m *Manager) forgetFailed(a *allocation) {
 
 // late says why an allocation got no Instance in time.
 func (m *Manager) late(a *allocation) error {
-	if m.upNodes() == 0 {
+	if m.up == 0 {
 		return unavailable(fmt.Errorf("function %s: %w", a.function, errNoNode))
 	}
 	if a.lastErr != nil {

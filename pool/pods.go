@@ -184,13 +184,14 @@ func (m *Manager) shutPod(now time.Time, k kind) {
 func (m *Manager) podShelves(n *node, waiting map[kind]int) []shelf {
 	var all []shelf
 	seen := map[kind]bool{}
-	for _, set := range m.index.groups {
-		for i := range set {
-			for _, k := range append(m.waitingIn(i.podID(), waiting), i.kind) {
-				if i.node == n.name && k.pod != "" && !seen[k] && m.current(k) {
-					seen[k] = true
-					all = append(all, shelf{kind: k, size: waiting[k]})
-				}
+	for i := range m.index.nodes[n.name] {
+		if i.at.group == (group{}) {
+			continue
+		}
+		for _, k := range append(m.waitingIn(i.podID(), waiting), i.kind) {
+			if k.pod != "" && !seen[k] && m.current(k) {
+				seen[k] = true
+				all = append(all, shelf{kind: k, size: waiting[k]})
 			}
 		}
 	}

@@ -46,6 +46,28 @@ func (n *node) has(revision string) bool {
 	}
 }
 
+// dropPrepared forgets what was prepared on a node.
+func (m *Manager) dropPrepared(n *node, revision string) {
+	delete(n.prepares, revision)
+	m.hold(n, revision, false)
+}
+
+// hold notes which nodes have a Revision.
+func (m *Manager) hold(n *node, revision string, has bool) {
+	holders := m.holders[revision]
+	if !has {
+		if delete(holders, n); len(holders) == 0 {
+			delete(m.holders, revision)
+		}
+		return
+	}
+	if holders == nil {
+		holders = map[*node]struct{}{}
+		m.holders[revision] = holders
+	}
+	holders[n] = struct{}{}
+}
+
 // prepareFunction has a Function's present Revision prepared on a node: its image, or its code with its Runtime.
 func (m *Manager) prepareFunction(n *node, f *function) *prepare {
 	revision := m.complete(f)
@@ -89,6 +111,7 @@ func (m *Manager) prepareOn(n *node, p *prepare) *prepare {
 		m.fact(func(now time.Time) { m.prepared(now, n, p, err) })
 	}
 	n.prepares[name] = p
+	m.hold(n, name, false) // until it has it again
 	m.nextPrepare(n)
 	return p
 }
@@ -112,9 +135,13 @@ func (m *Manager) nextPrepare(n *node) {
 
 func (m *Manager) prepared(now time.Time, n *node, p *prepare, err error) {
 	p.err, p.started, p.run = err, false, nil
+	m.unsettle(n)
 	close(p.done)
-	p.then(now, err)
 	revision := p.revision
+	if name := revision.GetName(); n.prepares[name] == p && !n.removed {
+		m.hold(n, name, err == nil)
+	}
+	p.then(now, err)
 	result := "ok"
 	if err != nil {
 		result = "error"
@@ -228,7 +255,7 @@ func (m *Manager) forgetOn(ctx context.Context, revision *hearthv1.Revision, rem
 	var up []*node
 	for _, n := range m.nodes {
 		if p := n.prepares[revision.GetName()]; p != nil && p.run == nil {
-			delete(n.prepares, revision.GetName())
+			m.dropPrepared(n, revision.GetName())
 		}
 		if n.synced {
 			up = append(up, n)

@@ -104,7 +104,7 @@ func (m *Manager) ready(now time.Time, n *node, k kind) bool {
 	}
 	if p := n.prepares[name]; p == nil || p.run == nil {
 		if retry := n.supply(k.runtime).retry; now.Before(retry) {
-			m.at(retry)
+			m.lookAgain(n, retry)
 			return false
 		}
 		m.prepareRuntime(n, r)
@@ -188,6 +188,7 @@ func (m *Manager) tryAgain(r *runtime) {
 	for _, n := range m.nodes {
 		if s := n.supplies[r.name]; s != nil && s.lastErr != "" {
 			delete(n.supplies, r.name)
+			m.unsettle(n)
 			if n.synced && !n.has(r.imageName()) {
 				m.prepareRuntime(n, r)
 			}
@@ -200,6 +201,7 @@ func (m *Manager) runtimeApplied(now time.Time, before, r *runtime) {
 	m.log.Info("runtime applied", "runtime", r.name, "generation", r.generation)
 	for _, n := range m.nodes {
 		delete(n.supplies, r.name)
+		m.unsettle(n)
 		if n.synced {
 			m.prepareRuntime(n, r)
 		}
@@ -273,13 +275,16 @@ func (m *Manager) deleteRuntime(name string) (warm []*instance, err error) {
 	m.fact(func(now time.Time) {
 		m.runtimes[name] = &runtime{name: name, generation: r.generation}
 		m.log.Info("runtime deleted", "runtime", name)
-		for p, all := range m.index.spare {
-			if p.kind.runtime == name {
-				warm = slices.AppendSeq(warm, maps.Keys(all))
+		for k, nodes := range m.index.spare {
+			for _, all := range nodes {
+				if k.runtime == name {
+					warm = slices.AppendSeq(warm, maps.Keys(all))
+				}
 			}
 		}
 		for _, n := range m.nodes {
 			delete(n.supplies, name)
+			m.unsettle(n)
 		}
 		m.forgetRuntime(r, true)
 	})
@@ -303,8 +308,8 @@ func (m *Manager) ListRuntimes(context.Context, *connect.Request[hearthv1.ListRu
 func (m *Manager) describe(r *runtime) *hearthv1.Runtime {
 	out := proto.CloneOf(r.current)
 	out.Status = &hearthv1.RuntimeStatus{Error: strings.Join(m.supplyErrors(r.name), "; "), Language: r.language}
-	for _, n := range m.nodes {
-		out.Status.Warm += int32(len(m.index.spare[place{n.name, r.kind()}]))
+	for _, all := range m.index.spare[r.kind()] {
+		out.Status.Warm += int32(len(all))
 	}
 	return out
 }
@@ -339,14 +344,14 @@ func (m *Manager) stocked(name string) (bool, error) {
 		return false, noRuntime(name)
 	case m.closed:
 		return false, unavailable(errShutdown)
-	case m.upNodes() == 0:
+	case m.up == 0:
 		return false, unavailable(fmt.Errorf("runtime %s is stored, but not prepared: %w", name, errNoNode))
 	}
 	if errs := m.supplyErrors(name); len(errs) > 0 {
 		return false, connect.NewError(connect.CodeInternal, fmt.Errorf("runtime %s is stored, but does not boot: %s", name, strings.Join(errs, "; ")))
 	}
 	for _, n := range m.nodes {
-		if n.synced && !n.info.Cordoned && (!n.has(r.imageName()) || len(m.index.spare[place{n.name, r.kind()}]) < m.size(n, r.name)) {
+		if n.synced && !n.info.Cordoned && (!n.has(r.imageName()) || len(m.index.spare.at(place{n.name, r.kind()})) < m.size(n, r.name)) {
 			return false, nil
 		}
 	}

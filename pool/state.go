@@ -131,6 +131,7 @@ type node struct {
 	hash   uint64 // of name
 	client Node
 	info   NodeInfo
+	zone   string         // a name for what fails together with it, or that of nothing
 	sizes  map[string]int // that warm sets ask for, by Runtime
 	images []string       // that they want there
 	// calls that are under way; stop ends watch.
@@ -146,6 +147,9 @@ type node struct {
 	// since is when it was last lost; zero while it is synced.
 	since    time.Time
 	supplies map[string]*supply // by Runtime; "" is that of sandboxes
+	// unsettled: what it has or wants may have changed since its stock was looked at; again is when that is to be done anyway.
+	unsettled bool
+	again     time.Time
 	// began and ended are when the last activation did.
 	began, ended time.Time
 	prepares     map[string]*prepare // by Revision
@@ -204,6 +208,7 @@ type bounds struct{ min, max, frozen int }
 // allocation is one call of Allocate, or one Instance that the scaler or the reserved minimum wants.
 type allocation struct {
 	id, function string
+	came         time.Time // before the mutex was ours; zero for internal ones
 	begun        time.Time
 	deadline     time.Time
 	internal     bool

@@ -25,12 +25,48 @@ func (m *Manager) kinds() []shelf {
 	return all
 }
 
+// unsettle has the next step look at a node's stock. Whoever changes something that it follows from calls it: place does for Instances.
+func (m *Manager) unsettle(n *node) {
+	if n != nil {
+		n.unsettled = true
+	}
+}
+
+// lookAgain has a node's stock looked at when that may change by time alone.
+func (m *Manager) lookAgain(n *node, t time.Time) {
+	if n.again.IsZero() || t.Before(n.again) {
+		n.again = t
+	}
+	m.at(n.again)
+}
+
+// unsettled lists the nodes to look at: those of which something changed or whose time has come, or all while allocations wait for what
+// is to be made on any, and once after that. Most nodes stand still while a few are claimed from.
+func (m *Manager) unsettled(now time.Time, waiting bool) (all []*node) {
+	everywhere := waiting || m.waited
+	m.waited = waiting
+	for _, n := range m.nodes {
+		switch due := !n.again.IsZero() && !now.Before(n.again); {
+		case everywhere || n.unsettled || due:
+			n.unsettled, n.again = false, time.Time{}
+			all = append(all, n)
+		case !n.again.IsZero():
+			m.at(n.again)
+		}
+	}
+	return all
+}
+
 // refillNodes begins and ends warm Instances.
 func (m *Manager) refillNodes(now time.Time) {
-	m.giveUpOld(now)
-	shelves := m.kinds()
 	waiting := m.waiting(now)
-	stocks := m.stocks(now, shelves, waiting)
+	nodes := m.unsettled(now, len(waiting) > 0)
+	if len(nodes) == 0 {
+		return
+	}
+	m.giveUpOld(now, nodes)
+	shelves := m.kinds()
+	stocks := m.stocks(now, nodes, shelves, waiting)
 	for n, k := range shelves {
 		m.demand(stocks, n, waiting[k.kind])
 	}
@@ -43,7 +79,7 @@ func (m *Manager) refillNodes(now time.Time) {
 	for name, s := range stocks {
 		plan := refill(now, *s)
 		if !plan.again.IsZero() {
-			m.at(plan.again)
+			m.lookAgain(m.nodes[name], plan.again)
 		}
 		for n, k := range s.shelves {
 			for range plan.make[n] {
@@ -83,10 +119,10 @@ func (m *Manager) kindFor(function string) kind {
 	return k
 }
 
-// stocks is what there is on the nodes that are connected.
-func (m *Manager) stocks(now time.Time, shelves []shelf, waiting map[kind]int) map[string]*stock {
+// stocks is what there is on those of the nodes that are connected.
+func (m *Manager) stocks(now time.Time, nodes []*node, shelves []shelf, waiting map[kind]int) map[string]*stock {
 	all := map[string]*stock{}
-	for _, n := range m.nodes {
+	for _, n := range nodes {
 		if !n.synced {
 			continue
 		}
@@ -96,7 +132,7 @@ func (m *Manager) stocks(now time.Time, shelves []shelf, waiting map[kind]int) m
 			if c < len(shelves) {
 				k.size = m.size(n, k.kind.runtime)
 			}
-			k.warm = len(m.index.spare[place{n.name, k.kind}])
+			k.warm = len(m.index.spare.at(place{n.name, k.kind}))
 			k.retry = n.supply(k.kind.runtime).retry
 			k.closed = n.info.Cordoned || n.info.Unready || !m.ready(now, n, k.kind)
 		}
@@ -147,13 +183,12 @@ func (m *Manager) demand(stocks map[string]*stock, shelf, waiting int) {
 }
 
 // giveUpOld ends Instances of Runtimes that were changed or deleted.
-func (m *Manager) giveUpOld(now time.Time) {
-	for p, all := range m.index.spare {
-		if m.current(p.kind) {
-			continue
-		}
-		for i := range all {
-			m.startDiscard(now, i)
+func (m *Manager) giveUpOld(now time.Time, nodes []*node) {
+	for _, n := range nodes {
+		for i := range m.index.nodes[n.name] {
+			if i.spare() && !m.current(i.kind) {
+				m.startDiscard(now, i)
+			}
 		}
 	}
 }
@@ -233,7 +268,7 @@ func (m *Manager) giveUp(now time.Time, p place, n int) {
 		return
 	}
 	var all []*instance
-	for i := range m.index.spare[p] {
+	for i := range m.index.spare.at(p) {
 		if !i.refused && !i.making {
 			all = append(all, i)
 		}

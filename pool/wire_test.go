@@ -48,8 +48,8 @@ func (s server) Discard(ctx context.Context, r *connect.Request[hearthv1.Discard
 	return respond(&hearthv1.DiscardResponse{}, s.n.Discard(ctx, r.Msg))
 }
 
-func (s server) WatchInstances(ctx context.Context, _ *connect.Request[hearthv1.WatchInstancesRequest], out *connect.ServerStream[hearthv1.WatchInstancesResponse]) error {
-	return s.n.Watch(ctx, out.Send)
+func (s server) WatchInstances(ctx context.Context, r *connect.Request[hearthv1.WatchInstancesRequest], out *connect.ServerStream[hearthv1.WatchInstancesResponse]) error {
+	return s.n.Watch(ctx, r.Msg.GetEpoch(), out.Send)
 }
 
 func (s server) PrepareRevision(ctx context.Context, r *connect.Request[hearthv1.PrepareRevisionRequest]) (*connect.Response[hearthv1.PrepareRevisionResponse], error) {

@@ -144,7 +144,7 @@ func (ls *loads) observe(now time.Time, function string) Observation {
 			continue
 		}
 		s := l.window.summary(now)
-		switch quiet := now.Sub(g.seen); {
+		switch quiet := max(0, now.Sub(g.seen)); { // a report may come while all are decided for
 		case quiet > lateAfter:
 			s.covered = 0
 		case quiet <= dueAfter:

@@ -15,9 +15,9 @@ import (
 
 // Pool is what the loop needs of the owner of the Instances. Its methods do not block. Safe for concurrent use.
 type Pool interface {
-	// Functions returns every Function with its spec and, in its status, how many Instances are ready and starting. The loop
-	// does not change what it gets.
-	Functions() []*hearthv1.Function
+	// Functions returns every Function, or those of the names that there are, with its spec and, in its status, how many Instances are
+	// ready and starting. The loop does not change what it gets.
+	Functions(names ...string) []*hearthv1.Function
 	// Scale asks for a number of Instances, with the reason for people. The pool keeps it between the Function's bounds and
 	// chooses which Instances.
 	Scale(function string, desired int, reason string)
@@ -125,13 +125,17 @@ func (l *Loop) take(now time.Time, r *hearthv1.ReportRequest) (woken []string, e
 
 // refresh learns of Functions that are newer than the last tick. Guarded by mu; the pool does not block.
 func (l *Loop) refresh(r *hearthv1.ReportRequest) {
+	var unknown []string
 	for _, load := range r.GetLoads() {
 		if l.widths[load.GetFunction()] == 0 {
-			for _, f := range l.pool.Functions() {
-				l.widths[f.GetName()] = PolicyOf(f.GetSpec().GetScaling()).Window
-			}
-			return
+			unknown = append(unknown, load.GetFunction())
 		}
+	}
+	if len(unknown) == 0 {
+		return
+	}
+	for _, f := range l.pool.Functions(unknown...) {
+		l.widths[f.GetName()] = PolicyOf(f.GetSpec().GetScaling()).Window
 	}
 }
 
@@ -170,15 +174,7 @@ func (l *Loop) tick(now time.Time) {
 
 // wake decides at once for Functions that were idle.
 func (l *Loop) wake(now time.Time, names []string) {
-	var functions []*hearthv1.Function
-	for _, f := range l.pool.Functions() {
-		for _, name := range names {
-			if f.GetName() == name {
-				functions = append(functions, f)
-			}
-		}
-	}
-	l.decide(now, functions)
+	l.decide(now, l.pool.Functions(names...))
 }
 
 func (l *Loop) decide(now time.Time, functions []*hearthv1.Function) {

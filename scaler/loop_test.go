@@ -38,10 +38,13 @@ func newFakePool(scalings map[string]*hearthv1.Scaling) *fakePool {
 	return p
 }
 
-func (p *fakePool) Functions() (all []*hearthv1.Function) {
+func (p *fakePool) Functions(names ...string) (all []*hearthv1.Function) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, f := range p.functions {
+		if len(names) > 0 && !slices.Contains(names, f.Name) {
+			continue
+		}
 		n := int32(0)
 		if h := p.history[f.Name]; len(h) > 0 {
 			n = int32(h[len(h)-1])

@@ -472,7 +472,10 @@ func (*DiscardResponse) Descriptor() ([]byte, []int) {
 }
 
 type WatchInstancesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Epoch of the caller, from which on the node refuses earlier ones; 0 is a human's. An earlier one is not refused here: what it is sent
+	// names the later.
+	Epoch         int64 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -505,6 +508,13 @@ func (x *WatchInstancesRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use WatchInstancesRequest.ProtoReflect.Descriptor instead.
 func (*WatchInstancesRequest) Descriptor() ([]byte, []int) {
 	return file_hearth_v1alpha1_node_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *WatchInstancesRequest) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 type WatchInstancesResponse struct {
@@ -959,8 +969,9 @@ const file_hearth_v1alpha1_node_proto_rawDesc = "" +
 	"instanceId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12/\n" +
 	"\x05grace\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05grace\"\x11\n" +
-	"\x0fDiscardResponse\"\x17\n" +
-	"\x15WatchInstancesRequest\"\x9e\x01\n" +
+	"\x0fDiscardResponse\"-\n" +
+	"\x15WatchInstancesRequest\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x03R\x05epoch\"\x9e\x01\n" +
 	"\x16WatchInstancesResponse\x127\n" +
 	"\binstance\x18\x01 \x01(\v2\x19.hearth.v1alpha1.InstanceH\x00R\binstance\x12\x18\n" +
 	"\x06synced\x18\x02 \x01(\bH\x00R\x06synced\x12\x12\n" +

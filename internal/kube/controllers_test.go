@@ -98,7 +98,7 @@ func (p *fakePool) Delete(_ context.Context, req *connect.Request[hearthv1.Delet
 	return nil, p.err
 }
 
-func (p *fakePool) Functions() []*hearthv1.Function {
+func (p *fakePool) Functions(...string) []*hearthv1.Function {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var all []*hearthv1.Function

@@ -33,8 +33,8 @@ type Pools struct {
 	mu    sync.Mutex // guards what follows; never held over I/O, nor over a call of stock, which calls back
 	pools map[string]*crd.WarmPool
 	nodes map[string]site
-	// waits has the pods that wait, or were made to, by pool and node. Which of them still do, stock knows.
-	waits map[[2]string]map[string]struct{}
+	// waits has the pods that wait, or were made to, with their pools, by node. Which of them still do, stock knows.
+	waits map[string]map[string]string
 	sets  sync.Mutex // keeps calls of stock in order; taken before mu
 }
 
@@ -45,7 +45,7 @@ type site struct {
 }
 
 func newPools(stock stocker) *Pools {
-	return &Pools{stock: stock, pools: map[string]*crd.WarmPool{}, nodes: map[string]site{}, waits: map[[2]string]map[string]struct{}{}}
+	return &Pools{stock: stock, pools: map[string]*crd.WarmPool{}, nodes: map[string]site{}, waits: map[string]map[string]string{}}
 }
 
 // SetPool implements WarmPools.
@@ -106,7 +106,11 @@ func (p *Pools) PoolStatus(name string) (PoolStatus, bool) {
 	for node, at := range p.nodes {
 		if covers(w, at) {
 			s.Nodes++
-			waits = slices.AppendSeq(waits, maps.Keys(p.waits[[2]string{name, node}]))
+			for id, whose := range p.waits[node] {
+				if whose == name {
+					waits = append(waits, id)
+				}
+			}
 		}
 	}
 	s.Desired = s.Nodes * int(w.Spec.Instances())
@@ -153,7 +157,7 @@ func (p *Pools) removeNode(name string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.nodes, name)
-	maps.DeleteFunc(p.waits, func(k [2]string, _ map[string]struct{}) bool { return k[1] == name })
+	delete(p.waits, name)
 }
 
 // enter says which WarmPool an Instance that is made is for, and counts it: the one that lacks most on that node, or nil if somebody waits
@@ -166,13 +170,17 @@ func (p *Pools) enter(node, runtime, instance string) *crd.WarmPool {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	waits := map[string]int{}
+	for _, whose := range p.waits[node] {
+		waits[whose]++
+	}
 	var best *crd.WarmPool
 	most := 0
 	for _, w := range p.pools {
 		if w.Spec.Runtime != runtime || !covers(w, p.nodes[node]) {
 			continue
 		}
-		lacks := int(w.Spec.Instances()) - len(p.waits[[2]string{w.Name, node}])
+		lacks := int(w.Spec.Instances()) - waits[w.Name]
 		if lacks > 0 && (best == nil || cmp.Or(cmp.Compare(lacks, most), cmp.Compare(best.Name, w.Name)) > 0) {
 			best, most = w, lacks
 		}
@@ -185,33 +193,25 @@ func (p *Pools) enter(node, runtime, instance string) *crd.WarmPool {
 
 // count notes a pod that waits for a pool. Guarded by mu.
 func (p *Pools) count(name, node, instance string) {
-	k := [2]string{name, node}
-	if p.waits[k] == nil {
-		p.waits[k] = map[string]struct{}{}
+	if p.waits[node] == nil {
+		p.waits[node] = map[string]string{}
 	}
-	p.waits[k][instance] = struct{}{}
+	p.waits[node][instance] = name
 }
 
 // counted lists what was counted on a node.
-func (p *Pools) counted(node string) (ids []string) {
+func (p *Pools) counted(node string) []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for k, all := range p.waits {
-		if k[1] == node {
-			ids = slices.AppendSeq(ids, maps.Keys(all))
-		}
-	}
-	return ids
+	return slices.Collect(maps.Keys(p.waits[node]))
 }
 
 // leave forgets a pod that waits no more.
 func (p *Pools) leave(node, instance string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for k, all := range p.waits {
-		if k[1] == node {
-			delete(all, instance)
-		}
+	if delete(p.waits[node], instance); len(p.waits[node]) == 0 {
+		delete(p.waits, node)
 	}
 }
 

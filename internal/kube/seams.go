@@ -19,8 +19,9 @@ type Functions interface {
 	Get(context.Context, *connect.Request[hearthv1.GetRequest]) (*connect.Response[hearthv1.GetResponse], error)
 	// Delete goes on when ctx ends while Instances still drain.
 	Delete(context.Context, *connect.Request[hearthv1.DeleteRequest]) (*connect.Response[hearthv1.DeleteResponse], error)
-	// Functions lists all that it has, but for those that are being deleted. Cheap: it is asked every other second.
-	Functions() []*hearthv1.Function
+	// Functions lists those of the names that it has, or without names all, but for those that are being deleted. Cheap: it is asked
+	// every other second.
+	Functions(names ...string) []*hearthv1.Function
 }
 
 // Runtimes is who boots Runtimes. Its errors have connect's codes.
