@@ -41,7 +41,8 @@ func NewPageProbe() (*PageProbe, error) {
 	if err != nil {
 		return nil, err
 	}
-	return p, w.Close()
+	err = w.Add(0, nil) // a cgroup that is none
+	return p, errors.Join(err, w.Close())
 }
 
 // SeesCached says whether pages are told of that were in memory already; before Linux 6.11 or so only those are that are read
@@ -68,11 +69,13 @@ type PageAccess struct {
 	At     int64  // ns of CLOCK_MONOTONIC
 }
 
-// PageWatcher tells what processes of watched cgroups of one hierarchy need of files on watched devices. Its programs are
-// attached from Watch to Close. It is safe for concurrent use.
+// PageWatcher tells what processes of watched cgroups of one hierarchy need of files on watched devices. Its programs are attached
+// while it has a cgroup to watch. Loading them takes some 5 ms, attaching them less than one: so they stay loaded until Close, with
+// maps of some 3 MiB. It is safe for concurrent use.
 type PageWatcher struct {
 	maps   pageMaps
-	owned  []interface{ Close() error } // in the order in which they were made
+	hooks  []pageHook
+	progs  []*ebpf.Program // of the hooks
 	reader *ringbuf.Reader
 	each   func(PageAccess)
 
@@ -81,18 +84,19 @@ type PageWatcher struct {
 	ended    chan struct{} // closed when nothing is read any more; err is set by then
 	err      error
 
-	mu         sync.Mutex // guards what follows
+	mu         sync.Mutex  // guards what follows
+	links      []link.Link // while there are cgroups
 	generation uint64
 	cgroups    map[uint64]int // how often each was added
 	devices    map[uint64]int
 }
 
-// Watch attaches the programs, for cgroups of one hierarchy: Unified, or what Controller found. each is called from one goroutine,
+// Watch loads the programs, for cgroups of one hierarchy: Unified, or what Controller found. each is called from one goroutine,
 // in the order of the events, some time after them: see Flush. Events that do not fit into the buffer, of a power of two, are
 // counted: see Lost.
 func (p *PageProbe) Watch(hierarchy string, buffer uint32, each func(PageAccess)) (_ *PageWatcher, err error) {
 	w := &PageWatcher{
-		each: each, flushed: make(chan struct{}), ended: make(chan struct{}),
+		hooks: p.hooks, each: each, flushed: make(chan struct{}), ended: make(chan struct{}),
 		cgroups: map[uint64]int{}, devices: map[uint64]int{},
 	}
 	defer func() {
@@ -111,12 +115,7 @@ func (p *PageProbe) Watch(hierarchy string, buffer uint32, each func(PageAccess)
 		if err != nil {
 			return nil, fmt.Errorf("load program for %s: %w", h.tracepoint, err)
 		}
-		w.owned = append(w.owned, prog)
-		hook, err := link.AttachRawTracepoint(link.RawTracepointOptions{Name: h.tracepoint, Program: prog})
-		if err != nil {
-			return nil, fmt.Errorf("attach to %s: %w", h.tracepoint, err)
-		}
-		w.owned = append(w.owned, hook)
+		w.progs = append(w.progs, prog)
 	}
 	if w.reader, err = ringbuf.NewReader(w.maps.ring); err != nil {
 		return nil, fmt.Errorf("open ring buffer: %w", err)
@@ -142,19 +141,44 @@ func (w *PageWatcher) makeMaps(buffer uint32) error {
 			return fmt.Errorf("create map: %w", err)
 		}
 		*m.to = made
-		w.owned = append(w.owned, made)
 	}
 	return nil
 }
 
-// free gives back what was made, last first.
-func (w *PageWatcher) free() error {
+// attach and detach want w.mu.
+func (w *PageWatcher) attach() error {
+	for i, h := range w.hooks {
+		l, err := link.AttachRawTracepoint(link.RawTracepointOptions{Name: h.tracepoint, Program: w.progs[i]})
+		if err != nil {
+			return errors.Join(fmt.Errorf("attach to %s: %w", h.tracepoint, err), w.detach())
+		}
+		w.links = append(w.links, l)
+	}
+	return nil
+}
+
+func (w *PageWatcher) detach() error {
 	var errs []error
+	for _, l := range w.links {
+		errs = append(errs, l.Close())
+	}
+	w.links = nil
+	return errors.Join(errs...)
+}
+
+// free gives back what was made.
+func (w *PageWatcher) free() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	errs := []error{w.detach()}
 	if w.reader != nil {
 		errs = append(errs, w.reader.Close())
 	}
-	for i := len(w.owned) - 1; i >= 0; i-- {
-		errs = append(errs, w.owned[i].Close())
+	for _, p := range w.progs {
+		errs = append(errs, p.Close())
+	}
+	for _, m := range []*ebpf.Map{w.maps.ring, w.maps.cgroups, w.maps.devices, w.maps.lost, w.maps.seen} {
+		errs = append(errs, m.Close()) // of nil, nothing
 	}
 	return errors.Join(errs...)
 }
@@ -168,39 +192,46 @@ func (w *PageWatcher) Close() error {
 
 // Add watches a cgroup, by the inode number of its directory, on devices as stat encodes them. What it needed before is told
 // again if it needs it again, also to those who added it before. Every Add wants a Remove.
-func (w *PageWatcher) Add(cgroup uint64, devices []uint64) error {
+func (w *PageWatcher) Add(cgroup uint64, devices []uint64) (err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("watch cgroup: %w", err), w.remove(cgroup, devices))
+		}
+	}()
+	for _, device := range devices {
+		w.devices[device]++
+	}
 	if w.cgroups[cgroup]++; w.cgroups[cgroup] == 1 {
 		if err := w.maps.lost.Put(cgroup, uint64(0)); err != nil {
-			w.remove(cgroup, nil)
-			return fmt.Errorf("watch cgroup: %w", err)
+			return err
 		}
 	}
-	for i, device := range devices {
-		w.devices[device]++
+	for _, device := range devices {
 		if err := w.maps.devices.Put(kernelDevice(device), byte(1)); err != nil {
-			w.remove(cgroup, devices[:i+1])
-			return fmt.Errorf("watch device: %w", err)
+			return err
 		}
 	}
 	w.generation++
 	if err := w.maps.cgroups.Put(cgroup, w.generation); err != nil {
-		w.remove(cgroup, devices)
-		return fmt.Errorf("watch cgroup: %w", err)
+		return err
+	}
+	if w.links == nil {
+		return w.attach()
 	}
 	return nil
 }
 
 // Remove undoes one Add.
-func (w *PageWatcher) Remove(cgroup uint64, devices []uint64) {
+func (w *PageWatcher) Remove(cgroup uint64, devices []uint64) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.remove(cgroup, devices)
+	return w.remove(cgroup, devices)
 }
 
 // remove wants w.mu. That a map does not have what is deleted from it can only be after an Add that failed.
-func (w *PageWatcher) remove(cgroup uint64, devices []uint64) {
+func (w *PageWatcher) remove(cgroup uint64, devices []uint64) error {
 	if w.cgroups[cgroup]--; w.cgroups[cgroup] <= 0 {
 		delete(w.cgroups, cgroup)
 		_ = w.maps.cgroups.Delete(cgroup)
@@ -212,6 +243,10 @@ func (w *PageWatcher) remove(cgroup uint64, devices []uint64) {
 			_ = w.maps.devices.Delete(kernelDevice(device))
 		}
 	}
+	if len(w.cgroups) == 0 {
+		return w.detach()
+	}
+	return nil
 }
 
 // Lost is how many events of a watched cgroup did not fit into the buffer since it was first added.

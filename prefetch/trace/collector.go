@@ -53,6 +53,13 @@ func (c *collector) ready() {
 	}
 }
 
+// readySince is when ready was called first, or 0.
+func (c *collector) readySince() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.readyAt
+}
+
 // add has pages needed at a time by CLOCK_MONOTONIC. Those of other devices it leaves out; those that it has no room for, or that no
 // file can have, count as one loss.
 func (c *collector) add(device, inode, first, pages uint64, at int64) {

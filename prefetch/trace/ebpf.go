@@ -3,7 +3,6 @@ package trace
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"sync"
 
@@ -14,25 +13,24 @@ import (
 const bufferBytes = 512 << 10
 
 // pages records by eBPF. All recordings of a hierarchy of cgroups share one set of programs; there are as many sets as
-// hierarchies that are recorded in, which on one host is one.
+// hierarchies that are recorded in, which on one host is one. A set stays loaded once it is, and is attached while it is used.
 type pages struct {
 	probe  *bpf.PageProbe
 	buffer uint32
 
-	mu      sync.Mutex // guards what follows; held while programs are loaded, which is no I/O
+	mu      sync.Mutex // guards what follows; held while programs are loaded and attached, which is no I/O
 	watches map[string]*watch
 }
 
 // watch is one set of programs, and who listens to it.
 type watch struct {
 	watcher *bpf.PageWatcher
-	users   int // guarded by pages.mu
 
 	mu        sync.Mutex // guards listeners
 	listeners map[uint64][]*collector
 }
 
-func openEBPF(*slog.Logger) (method, error) {
+func openEBPF() (method, error) {
 	probe, err := bpf.NewPageProbe()
 	if err != nil {
 		return nil, err
@@ -54,7 +52,7 @@ type watched struct {
 	lostBefore uint64
 }
 
-func (p *pages) begin(groups []group, _ []root, c *collector) (func() (uint64, error), error) {
+func (p *pages) begin(groups []group, _ []root, c *collector) (recorder, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var added []watched
@@ -66,10 +64,17 @@ func (p *pages) begin(groups []group, _ []root, c *collector) (func() (uint64, e
 		}
 		added = append(added, w)
 	}
-	return func() (uint64, error) {
-		return p.end(added, c)
-	}, nil
+	return &pageRecorder{p, added, c}, nil
 }
+
+// pageRecorder is a recording by eBPF.
+type pageRecorder struct {
+	pages     *pages
+	added     []watched
+	collector *collector
+}
+
+func (r *pageRecorder) becameReady() {} // events say when they were
 
 // add begins with one cgroup; it wants p.mu.
 func (p *pages) add(g group, c *collector) (watched, error) {
@@ -80,40 +85,37 @@ func (p *pages) add(g group, c *collector) (watched, error) {
 			return at, fmt.Errorf("the hierarchy of cgroup %s has no controller by which eBPF could find it", g.path)
 		}
 	}
-	w, err := p.use(at.hierarchy)
+	w, err := p.watch(at.hierarchy)
 	if err != nil {
 		return at, err
 	}
+	w.listen(at.id, c)
 	if err := w.watcher.Add(at.id, c.devices); err != nil {
-		return at, errors.Join(err, p.release(at.hierarchy))
+		w.ignore(at.id, c)
+		return at, err
 	}
-	at.lostBefore, err = w.watcher.Lost(at.id)
-	w.mu.Lock()
-	w.listeners[at.id] = append(w.listeners[at.id], c)
-	w.mu.Unlock()
-	if err != nil {
+	if at.lostBefore, err = w.watcher.Lost(at.id); err != nil {
 		_, undone := p.remove([]watched{at}, c)
 		return at, errors.Join(err, undone)
 	}
 	return at, nil
 }
 
-// end waits for what has happened, and removes a recording.
-func (p *pages) end(added []watched, c *collector) (uint64, error) {
+func (r *pageRecorder) end() (uint64, error) {
 	var errs []error
 	flushed := map[string]bool{}
-	for _, at := range added {
+	for _, at := range r.added {
 		if !flushed[at.hierarchy] {
 			flushed[at.hierarchy] = true
-			p.mu.Lock()
-			w := p.watches[at.hierarchy] // stays while added is not removed
-			p.mu.Unlock()
+			r.pages.mu.Lock()
+			w := r.pages.watches[at.hierarchy]
+			r.pages.mu.Unlock()
 			errs = append(errs, w.watcher.Flush())
 		}
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	lost, err := p.remove(added, c)
+	r.pages.mu.Lock()
+	defer r.pages.mu.Unlock()
+	lost, err := r.pages.remove(r.added, r.collector)
 	return lost, errors.Join(append(errs, err)...)
 }
 
@@ -122,27 +124,18 @@ func (p *pages) remove(added []watched, c *collector) (lost uint64, err error) {
 	var errs []error
 	for _, at := range added {
 		w := p.watches[at.hierarchy]
-		w.mu.Lock()
-		if i := slices.Index(w.listeners[at.id], c); i >= 0 {
-			w.listeners[at.id] = slices.Delete(w.listeners[at.id], i, i+1)
-		}
-		if len(w.listeners[at.id]) == 0 {
-			delete(w.listeners, at.id)
-		}
-		w.mu.Unlock()
+		w.ignore(at.id, c)
 		now, err := w.watcher.Lost(at.id)
 		if err == nil {
 			lost += now - at.lostBefore
 		}
-		errs = append(errs, err)
-		w.watcher.Remove(at.id, c.devices)
-		errs = append(errs, p.release(at.hierarchy))
+		errs = append(errs, err, w.watcher.Remove(at.id, c.devices))
 	}
 	return lost, errors.Join(errs...)
 }
 
-// use attaches the programs for a hierarchy, if they are not; it wants p.mu.
-func (p *pages) use(hierarchy string) (*watch, error) {
+// watch has the programs for a hierarchy; it wants p.mu.
+func (p *pages) watch(hierarchy string) (*watch, error) {
 	w, ok := p.watches[hierarchy]
 	if !ok {
 		w = &watch{listeners: map[uint64][]*collector{}}
@@ -152,18 +145,33 @@ func (p *pages) use(hierarchy string) (*watch, error) {
 		}
 		p.watches[hierarchy] = w
 	}
-	w.users++
 	return w, nil
 }
 
-// release undoes use; it wants p.mu.
-func (p *pages) release(hierarchy string) error {
-	w := p.watches[hierarchy]
-	if w.users--; w.users > 0 {
-		return nil
+func (p *pages) close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for hierarchy, w := range p.watches {
+		errs = append(errs, w.watcher.Close())
+		delete(p.watches, hierarchy)
 	}
-	delete(p.watches, hierarchy)
-	return w.watcher.Close()
+	return errors.Join(errs...)
+}
+
+func (w *watch) listen(cgroup uint64, c *collector) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.listeners[cgroup] = append(w.listeners[cgroup], c)
+}
+
+func (w *watch) ignore(cgroup uint64, c *collector) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.listeners[cgroup] = slices.DeleteFunc(w.listeners[cgroup], func(other *collector) bool { return other == c })
+	if len(w.listeners[cgroup]) == 0 {
+		delete(w.listeners, cgroup)
+	}
 }
 
 // tell hands an event to those who listen.

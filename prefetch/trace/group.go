@@ -58,7 +58,7 @@ func findGroup(mounts []host.Mount, dir string) (group, error) {
 		if !ok || m.Device != st.Dev || below != "" && below[0] != '/' {
 			continue
 		}
-		g := group{id: st.Ino, path: filepath.Join(m.Root, below)}
+		g := group{id: st.Ino, path: strings.TrimSuffix(m.Root, "/") + below}
 		switch m.Kind {
 		case "cgroup2":
 			return g, nil

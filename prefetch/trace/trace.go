@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -15,6 +16,7 @@ import (
 const (
 	EBPF     = "ebpf"
 	EBPFCold = "ebpf-cold" // eBPF on a kernel that tells only of what comes into memory
+	Fanotify = "fanotify"
 )
 
 // ErrUnsupported is that nothing can be recorded on this host; the error that wraps it says why, for each method.
@@ -38,7 +40,7 @@ type Trace struct {
 type Tracer struct {
 	method method
 
-	mu         sync.Mutex // guards what follows
+	mu         sync.Mutex // guards what follows, and is held while a recording begins
 	closed     bool
 	recordings map[*Recording]struct{}
 }
@@ -46,16 +48,25 @@ type Tracer struct {
 // method is a way to record.
 type method interface {
 	name() string
-	// begin records into c until the returned function is called, which first waits for what has happened up to then. It is called
-	// once, gives back everything, and returns what was lost.
-	begin(groups []group, roots []root, c *collector) (end func() (lost uint64, err error), err error)
+	// begin records into c until the end of what it returns.
+	begin(groups []group, roots []root, c *collector) (recorder, error)
+	// close gives back what is kept between recordings, of which there is none.
+	close() error
 }
 
-// New finds out how to record on this host: by the first of methods that can be had, of EBPF if none are given. The
+// recorder is a recording that goes on.
+type recorder interface {
+	// becameReady comes after the collector knows of it.
+	becameReady()
+	// end waits for what has happened up to now, gives back everything, and says what was lost. It is called once.
+	end() (lost uint64, err error)
+}
+
+// New finds out how to record on this host: by the first of methods that can be had, of EBPF and Fanotify if none are given. The
 // error is ErrUnsupported with the reasons; the caller tells it, once.
 func New(log *slog.Logger, methods ...string) (*Tracer, error) {
 	if len(methods) == 0 {
-		methods = []string{EBPF}
+		methods = []string{EBPF, Fanotify}
 	}
 	reasons := []error{ErrUnsupported}
 	for _, name := range methods {
@@ -64,7 +75,7 @@ func New(log *slog.Logger, methods ...string) (*Tracer, error) {
 			reasons = append(reasons, fmt.Errorf("%s: no such method", name))
 			continue
 		}
-		m, err := open(log)
+		m, err := open()
 		if err != nil {
 			reasons = append(reasons, fmt.Errorf("%s: %w", name, err))
 			continue
@@ -77,7 +88,7 @@ func New(log *slog.Logger, methods ...string) (*Tracer, error) {
 	return nil, errors.Join(reasons...)
 }
 
-var openers = map[string]func(*slog.Logger) (method, error){EBPF: openEBPF}
+var openers = map[string]func() (method, error){EBPF: openEBPF, Fanotify: openFanotify}
 
 // Method is how it records.
 func (t *Tracer) Method() string { return t.method.name() }
@@ -85,18 +96,19 @@ func (t *Tracer) Method() string { return t.method.name() }
 // Close ends what is still recorded; its End returns what there was until now.
 func (t *Tracer) Close() error {
 	t.mu.Lock()
+	again := t.closed
 	t.closed = true
-	var open []*Recording
-	for r := range t.recordings {
-		open = append(open, r)
-	}
+	open := slices.Collect(maps.Keys(t.recordings))
 	t.mu.Unlock()
+	if again {
+		return nil
+	}
 	var errs []error
 	for _, r := range open {
 		r.stop()
 		errs = append(errs, r.err)
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, t.method.close())...)
 }
 
 // ErrClosed is returned by Begin after Close.
@@ -114,41 +126,40 @@ func (t *Tracer) Begin(cgroups, roots []string) (*Recording, error) {
 	if err != nil {
 		return nil, fmt.Errorf("trace reads: %w", err)
 	}
-	r := &Recording{tracer: t, collector: newCollector(trees)}
-	t.mu.Lock()
-	if t.closed {
-		t.mu.Unlock()
-		return nil, fmt.Errorf("trace reads: %w", ErrClosed)
-	}
-	t.recordings[r] = struct{}{}
-	t.mu.Unlock()
-	r.end, err = t.method.begin(groups, trees, r.collector)
-	if err != nil {
-		t.forget(r)
-		return nil, fmt.Errorf("trace reads: %w", err)
-	}
-	return r, nil
-}
-
-func (t *Tracer) forget(r *Recording) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.recordings, r)
+	if t.closed {
+		return nil, fmt.Errorf("trace reads: %w", ErrClosed)
+	}
+	r := &Recording{tracer: t, collector: newCollector(trees)}
+	if r.recorder, err = t.method.begin(groups, trees, r.collector); err != nil {
+		return nil, fmt.Errorf("trace reads: %w", err)
+	}
+	t.recordings[r] = struct{}{}
+	return r, nil
 }
 
 // Recording goes on until End. It is safe for concurrent use.
 type Recording struct {
 	tracer    *Tracer
 	collector *collector
-	end       func() (uint64, error)
+	recorder  recorder
 
-	once sync.Once // guards what follows, with stop
-	lost uint64
-	err  error
+	mu    sync.Mutex // guards what follows, and is held while it ends
+	ended bool
+	lost  uint64
+	err   error
 }
 
 // Ready marks the moment from which on accesses are told as Ready. Only the first call counts.
-func (r *Recording) Ready() { r.collector.ready() }
+func (r *Recording) Ready() {
+	r.collector.ready()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.ended {
+		r.recorder.becameReady()
+	}
+}
 
 // End gives back what the recording took, and returns it. An error says that something was not given back or not read; the trace is
 // then what there is. Every call returns the same.
@@ -163,10 +174,16 @@ func (r *Recording) End() (Trace, error) {
 }
 
 func (r *Recording) stop() {
-	r.once.Do(func() {
-		r.lost, r.err = r.end()
-		r.tracer.forget(r)
-	})
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ended {
+		return
+	}
+	r.ended = true
+	r.lost, r.err = r.recorder.end()
+	r.tracer.mu.Lock()
+	defer r.tracer.mu.Unlock()
+	delete(r.tracer.recordings, r)
 }
 
 // root is the tree of a layer.

@@ -2,6 +2,7 @@ package trace_test
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"crypto/rand"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -37,8 +39,15 @@ func TestMain(m *testing.M) {
 			how, path, _ := strings.Cut(arg, "=")
 			must(deeds[how](path))
 		}
+		if os.Getenv(heldEnv) != "" {
+			fmt.Println("done")
+			_, _ = io.Copy(io.Discard, os.Stdin)
+		}
 	}
 }
+
+// heldEnv has the child say when it is done, and stay until its input ends.
+const heldEnv = "HEARTH_TRACE_TEST_HELD"
 
 func must(err error) {
 	if err != nil {
@@ -129,6 +138,40 @@ func child(t testing.TB, groups []string, args ...string) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("child: %v\n%s", err, out)
 	}
+}
+
+// heldChild is child, but its process is there until release.
+func heldChild(t testing.TB, groups []string, args ...string) (release func()) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, args...)
+	cmd.Env = append(os.Environ(), childEnv+"="+strings.Join(groups, ":"), heldEnv+"=1")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	release = sync.OnceFunc(func() {
+		_ = in.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("child: %v", err)
+		}
+	})
+	t.Cleanup(release)
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		t.Fatalf("child: %v", err)
+	}
+	return release
 }
 
 // cgroup makes a cgroup below the one mounted at top, for the length of the test.
