@@ -382,7 +382,8 @@ func (s prefetchSystem) awaitRecorded(ctx context.Context, before prefetchCounts
 			return err
 		}
 		if time.Now().After(end) {
-			return errors.New("nodeagent has recorded nothing of a start: its log says why, once")
+			d, err := s.stack.daemon("nodeagent")
+			return errors.Join(fmt.Errorf("nodeagent has recorded nothing of a start: %s", tail(d.Log)), err)
 		}
 		select {
 		case <-ctx.Done():
