@@ -23,7 +23,7 @@ const (
 const suggestRuntimeLong = `Says what functions import while they are loaded that their runtime has not preloaded, by the account of its loader in each start since
 the nodes' agents began, and which of that to preload. SECONDS is what a start spends that imports the module, SAVES what preloading it
 would save of an average start of the runtime. Only what the runtime's image has can be preloaded: what comes with a function's code
-cannot, unless you put it into the image. What is preloaded takes memory in every instance that waits. Python and node tell this.`
+cannot, unless you put it into the image. What is preloaded takes memory in every instance that waits. Only python's loader tells this.`
 
 // suggestion is what suggest prints of a Runtime.
 type suggestion struct {
