@@ -191,13 +191,13 @@ func (b *bed) startNodes(t *testing.T, count int) {
 	b.must(t, errors.Join(err, first.Close()))
 	for n := range count {
 		f := &fakeNode{name: fmt.Sprintf("node-%03d", n), zone: string(rune('a' + n%3)), address: b.address(256 + n)}
+		calls, err := daemon.ListenTLS(t.Context(), net.JoinHostPort(f.address, b.port)) // first: the other's port is any that is free
+		b.must(t, err)
 		functions, err := net.Listen("tcp", f.address+":0")
 		b.must(t, err)
 		server := answers(functions)
 		t.Cleanup(func() { _ = server.Close() })
 		f.agent = newAgent(f.name, functions.Addr().String(), b.ledger, b.kubelets.sandbox)
-		calls, err := daemon.ListenTLS(t.Context(), net.JoinHostPort(f.address, b.port))
-		b.must(t, err)
 		mux := http.NewServeMux()
 		mux.Handle(hearthv1connect.NewNodeServiceHandler(f.agent, connect.WithCompression("gzip", nil, nil))) // as nodeagent
 		b.background(t, func(ctx context.Context) error {
@@ -421,7 +421,7 @@ func (b *bed) writes(t *testing.T) map[string]float64 {
 func (b *bed) startGateway(t *testing.T) (url string) {
 	t.Helper()
 	keys := b.keys(t, "gateway")
-	l, err := net.Listen("tcp", b.address(2<<8-1)+":0")
+	l, err := net.Listen("tcp", b.address(1<<8-1)+":0")
 	b.must(t, err)
 	log, err := os.Create(filepath.Join(b.dir, "gateway.log"))
 	b.must(t, err)
