@@ -33,6 +33,7 @@ test: build tools ## every test, under the race detector; those of the node want
 
 e2e: build tools kubernetes ## tests on a real Kubernetes cluster of two nodes, as root; TESTFLAGS='-run X' narrows it
 	HEARTH_E2E=1 go test -timeout 40m -v $(TESTFLAGS) ./internal/kube ./test/cluster ./test/e2e
+	HEARTH_E2E=1 go test -timeout 15m -v $(TESTFLAGS) ./test/scale
 
 cluster: tools kubernetes ## start a Kubernetes cluster on this machine, as root: NODES=N (2), CLUSTER=FOLDER (/tmp/hearth-cluster); docs/CLUSTER.md
 	@go run ./test/cluster/ctl $(if $(CLUSTER),--dir $(CLUSTER)) $(if $(NODES),--nodes $(NODES)) up

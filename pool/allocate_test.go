@@ -393,6 +393,32 @@ func TestCallerWhoGoesAway(t *testing.T) {
 	})
 }
 
+// A term that has claimed nothing yet fences the one before.
+func TestTermFencesFromItsBeginning(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNode(t, "node")
+		c := one(n)
+		old := start(t, c)
+		old.apply("hello", nil)
+		time.Sleep(3 * time.Second)
+		n.on(func() { n.epoch = old.Epoch() + 1 }) // as the next one's Watch does, of which nothing tells this one
+		if res, err := old.allocate("hello", "", 3*time.Second); err == nil {
+			t.Errorf("the stale manager got %v", res)
+		}
+		old.stop()
+		n.on(func() { n.epoch = 0 })
+		next := start(t, c)
+		defer next.stop()
+		time.Sleep(3 * time.Second)
+		n.on(func() {
+			if n.epoch != next.Epoch() {
+				t.Errorf("the node has heard of term %d, and this is term %d", n.epoch, next.Epoch())
+			}
+		})
+		n.check()
+	})
+}
+
 func TestStaleManagerIsRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newFakeNode(t, "node")

@@ -2,6 +2,7 @@ package pool_test
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -73,6 +74,22 @@ func TestApplyPreparesAndPins(t *testing.T) {
 }
 
 // TestApplyWaitsForGateways deploys while one gateway hears of it late, another never, and a third is gone.
+func TestFunctionsByName(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := start(t, one(newFakeNode(t, "node")))
+		defer m.stop()
+		for n := range 250 { // more than are listed at once
+			m.apply(fmt.Sprintf("f-%d", n), nil)
+		}
+		if got := len(m.Functions()); got != 250 {
+			t.Errorf("%d Functions are listed, not 250", got)
+		}
+		if got := m.Functions("f-7", "none"); len(got) != 1 || got[0].GetName() != "f-7" || got[0].GetSpec() == nil {
+			t.Errorf("f-7 and one that is not there are %v", got)
+		}
+	})
+}
+
 func TestApplyWaitsForGateways(t *testing.T) {
 	bubble(t, func(t *testing.T, _ *fakeNode, m *running) {
 		prompt, gone := m.gateway("prompt"), m.gateway("gone")

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -27,6 +28,8 @@ type fakePool struct {
 	functions map[string]*hearthv1.Function
 	history   map[string][]int
 	acks      []string
+	reasons   []string
+	takes     time.Duration // for each word
 }
 
 func newFakePool(scalings map[string]*hearthv1.Scaling) *fakePool {
@@ -55,9 +58,10 @@ func (p *fakePool) Functions(names ...string) (all []*hearthv1.Function) {
 }
 
 func (p *fakePool) Scale(name string, desired int, reason string) {
+	time.Sleep(p.takes)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.history[name] = append(p.history[name], desired)
+	p.history[name], p.reasons = append(p.history[name], desired), append(p.reasons, reason)
 }
 
 func (p *fakePool) Acknowledge(name string, version int64, inFlight map[string]int32) {
@@ -122,6 +126,26 @@ func TestFirstRequestDecidesAtOnce(t *testing.T) {
 		}
 		if !slices.Equal(p.acks, []string{"g7 []"}) {
 			t.Errorf("acknowledged %v", p.acks)
+		}
+	})
+}
+
+// While many Functions are decided for, reports come in. They are no measurements of the future, of which something is missing.
+func TestReportsDuringARound(t *testing.T) {
+	few := &hearthv1.Scaling{Window: seconds(4)}
+	p := newFakePool(map[string]*hearthv1.Scaling{"hello": few, "other": few})
+	p.takes = 1500 * time.Millisecond
+	loop(t, p, func(l *scaler.Loop) {
+		for range 30 {
+			time.Sleep(time.Second)
+			report(t, l, "g", &hearthv1.Load{Function: "hello", Concurrency: 1, Interval: seconds(1)}, &hearthv1.Load{Function: "other", Concurrency: 1, Interval: seconds(1)})
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for _, reason := range p.reasons[len(p.reasons)/2:] {
+			if strings.HasPrefix(reason, "held") {
+				t.Error(reason)
+			}
 		}
 	})
 }

@@ -24,7 +24,7 @@ const (
 	// costs nothing: nodes refuse the old term.
 	leaseTime = 3 * time.Second
 	renewTime = 750 * time.Millisecond
-	lookTime  = 500 * time.Millisecond
+	lookTime  = 250 * time.Millisecond
 	// leaseCall bounds one request to the API server, so that one that hangs is noticed.
 	leaseCall = 2 * time.Second
 	// maxEpoch is beyond any number of terms that can have been; the versions of events are made of it.

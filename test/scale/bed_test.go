@@ -191,13 +191,13 @@ func (b *bed) startNodes(t *testing.T, count int) {
 	b.must(t, errors.Join(err, first.Close()))
 	for n := range count {
 		f := &fakeNode{name: fmt.Sprintf("node-%03d", n), zone: string(rune('a' + n%3)), address: b.address(256 + n)}
+		calls, err := daemon.ListenTLS(t.Context(), net.JoinHostPort(f.address, b.port)) // first: the other's port is any that is free
+		b.must(t, err)
 		functions, err := net.Listen("tcp", f.address+":0")
 		b.must(t, err)
 		server := answers(functions)
 		t.Cleanup(func() { _ = server.Close() })
 		f.agent = newAgent(f.name, functions.Addr().String(), b.ledger, b.kubelets.sandbox)
-		calls, err := daemon.ListenTLS(t.Context(), net.JoinHostPort(f.address, b.port))
-		b.must(t, err)
 		mux := http.NewServeMux()
 		mux.Handle(hearthv1connect.NewNodeServiceHandler(f.agent, connect.WithCompression("gzip", nil, nil))) // as nodeagent
 		b.background(t, func(ctx context.Context) error {
@@ -255,8 +255,8 @@ func (b *bed) keys(t *testing.T, identity string) *pki.Dir {
 // manager is a poolmanager's process.
 type manager struct {
 	*exec.Cmd
-	address, socket string
-	admin           *http.Client
+	address, socket, log string
+	admin                *http.Client
 }
 
 // startManager starts one more poolmanager.
@@ -265,7 +265,8 @@ func (b *bed) startManager(t *testing.T) *manager {
 	b.next++
 	m := &manager{address: net.JoinHostPort(b.address(b.next), b.port), socket: filepath.Join(b.dir, fmt.Sprintf("pool-%d.sock", b.next))}
 	admin := filepath.Join(b.dir, fmt.Sprintf("admin-%d.sock", b.next))
-	m.Cmd = b.process(t, poolmanager, fmt.Sprintf("poolmanager-%d.log", b.next), "--kubernetes", "--kubeconfig", b.kubeconfig, "--namespace", namespace, "--lease-namespace", system,
+	m.log = filepath.Join(b.dir, fmt.Sprintf("poolmanager-%d.log", b.next))
+	m.Cmd = b.process(t, poolmanager, filepath.Base(m.log), "--kubernetes", "--kubeconfig", b.kubeconfig, "--namespace", namespace, "--lease-namespace", system,
 		"--rpc-address", m.address, "--rpc-socket", m.socket, "--admin-address", "unix:"+admin, "--tls-dir", filepath.Join(b.dir, fmt.Sprintf("tls-%d", b.next)), "--node-port", b.port)
 	m.admin = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", admin)
@@ -275,6 +276,23 @@ func (b *bed) startManager(t *testing.T) *manager {
 	b.mu.Unlock()
 	b.await(t, "a poolmanager that serves", func(ctx context.Context) error { _, err := m.get(ctx, "/readyz"); return err })
 	return m
+}
+
+// began is when it began to lead, as its log says.
+func (m *manager) began(t *testing.T) time.Time {
+	t.Helper()
+	text, err := os.ReadFile(m.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		stamp, rest, _ := strings.Cut(strings.TrimPrefix(line, "time="), " ")
+		if at, err := time.Parse(time.RFC3339Nano, stamp); err == nil && strings.Contains(rest, "msg=leading") {
+			return at
+		}
+	}
+	t.Fatalf("%s does not say that it leads", m.log)
+	return time.Time{}
 }
 
 func (m *manager) get(ctx context.Context, path string) (string, error) {
@@ -403,7 +421,7 @@ func (b *bed) writes(t *testing.T) map[string]float64 {
 func (b *bed) startGateway(t *testing.T) (url string) {
 	t.Helper()
 	keys := b.keys(t, "gateway")
-	l, err := net.Listen("tcp", b.address(2<<8-1)+":0")
+	l, err := net.Listen("tcp", b.address(1<<8-1)+":0")
 	b.must(t, err)
 	log, err := os.Create(filepath.Join(b.dir, "gateway.log"))
 	b.must(t, err)
