@@ -264,6 +264,7 @@ func TestPushes(t *testing.T) {
 					n.Ripe(chain, encoded(t, 3, app))
 				}
 				time.Sleep(59 * time.Minute)
+				synctest.Wait()
 				if r.attempts != tt.attempts {
 					t.Errorf("%d attempts, want %d", r.attempts, tt.attempts)
 				}
@@ -286,6 +287,7 @@ func TestRefusalIsNotForEver(t *testing.T) {
 		for range 2 {
 			n.Ripe(chain, encoded(t, 3, "app"))
 			time.Sleep(2 * time.Hour)
+			synctest.Wait()
 		}
 		r.err = nil
 		n.Ripe(chain, encoded(t, 3, "app"))
