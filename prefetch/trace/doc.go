@@ -10,7 +10,8 @@
 //     Files on tmpfs are always in memory, and reads of them are not seen.
 //   - fanotify, where eBPF is refused: which files are opened, in order; and when the recording is ready and when it ends, which of
 //     their pages are in memory. So of a file that others use too, more may be told than the cgroup needed. It sees opens on
-//     the file systems of the roots, and on overlays of them that this mount namespace has.
+//     the file systems of the roots, and on overlays of them that this mount namespace has. An open by whomever that cannot be looked
+//     at, because the file or the process is gone, counts as lost.
 //
 // A recording takes a bounded amount of memory, whatever the recorded do: what is beyond that is counted as lost too. Programs
 // are attached, and marks are there, only while something is recorded, and they end with the process at the latest.

@@ -264,7 +264,7 @@ func end(t testing.TB, r *trace.Recording) trace.Trace {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.Lost != 0 {
+	if got.Lost != 0 && got.Method != trace.Fanotify { // which counts what others on this machine open and delete at once
 		t.Errorf("%d events lost", got.Lost)
 	}
 	return got
