@@ -147,7 +147,7 @@ type holder struct {
 	ID    string
 	Pid   uint32
 	Pipe  uint64            // inode of the pipe that its output goes to, from where kubectl logs has it
-	Group string            // its cgroup, below which ours are
+	Group string            // cgroup of the pod
 	Etc   map[string][]byte // its files in /etc, by name
 }
 

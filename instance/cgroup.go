@@ -25,7 +25,7 @@ const cgroupRoot = "/sys/fs/cgroup"
 const cpuPeriod = 100_000
 
 // cgroups knows where an Instance's cgroups are: PARENT/pod-ID holds the sandbox's and the Function's, in every hierarchy, and those
-// of the workers that share the pod. Where the kubelet makes pods, that of their holder takes the place of PARENT/pod-ID.
+// of the workers that share the pod. Where the kubelet makes pods, it has made that cgroup too.
 type cgroups struct {
 	root   string // where they are mounted: cgroupRoot
 	parent string
@@ -44,7 +44,7 @@ func (c cgroups) function(m member) string {
 	if m.pod != m.id {
 		name += "-" + m.id
 	}
-	return filepath.Join(c.pod(m.pod), name)
+	return c.below(m.pod, name)
 }
 
 // unified tells whether cgroup v2 alone is mounted.

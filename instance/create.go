@@ -138,9 +138,6 @@ func (e *Engine) makeSandbox(ctx context.Context, i *instance) (sandbox, launche
 	i.mu.Lock()
 	i.sandbox = s // from here on its end is ours
 	i.mu.Unlock()
-	if err := e.cgroups.makeRoom(i.pod.id); err != nil {
-		return s, nil, err
-	}
 	if err := e.writeFiles(i, s); err != nil {
 		return s, nil, err
 	}

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/opencontainers/go-digest"
 
@@ -280,21 +279,16 @@ func SidecarServe(ip string, r *hearthv1.Revision) control.Serve {
 // WithDefaults is the Config as the engine takes it.
 func (c Config) WithDefaults() (Config, error) { return c.withDefaults() }
 
-// ParseHolderGroup reads a /proc/PID/cgroup.
-func ParseHolderGroup(text []byte) (string, error) { return parseHolderGroup(text) }
+// ParsePodGroup reads a /proc/PID/cgroup.
+func ParsePodGroup(text []byte) (string, error) { return parsePodGroup(text) }
 
-// HolderGroup is the cgroup that a process of a holder stands for.
-func HolderGroup(pid int) (string, error) { return holderGroup("/proc", uint32(pid)) }
-
-// MakeRoom makes it possible that there are cgroups below one of a holder's.
-func MakeRoom(root, group string) error {
+// FunctionGroup is the cgroup of a Function in a pod's, and what runc is told of it.
+func FunctionGroup(pod, id string) (path, runc string) {
 	learnt := &podGroups{paths: map[string]string{}}
-	learnt.learn("a", group)
-	return cgroups{root: root, learnt: learnt}.makeRoom("a")
+	learnt.learn(id, pod)
+	path = cgroups{learnt: learnt}.function(member{id, id})
+	return path, runcPath(path)
 }
-
-// ByPath is a runtime that does not ask systemd for cgroups.
-func ByPath(r containers.RuntimeInfo) (containers.RuntimeInfo, error) { return byPath(r) }
 
 // ShowTree has who enters a pod's mount namespace see a function's files.
 func ShowTree(function, pod uint32) error {

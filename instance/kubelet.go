@@ -10,11 +10,8 @@ import (
 	"time"
 
 	taskapi "github.com/containerd/containerd/api/services/tasks/v1"
-	"github.com/containerd/containerd/api/types/runc/options"
-	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
-	"github.com/containerd/typeurl/v2"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -105,30 +102,8 @@ func (n *kubeletNode) Inspect(ctx context.Context, sandboxID string) (sandbox, e
 	if s.Holder, err = n.holder(ctx, sandboxID); err != nil {
 		return sandbox{}, err
 	}
-	if s.Runtime, err = byPath(s.Runtime); err != nil {
-		return sandbox{}, err
-	}
-	s.Holder.Group, err = holderGroup("/proc", s.Holder.Pid)
+	s.Holder.Group, err = podGroupOf("/proc", s.Pid)
 	return s, err
-}
-
-// byPath is a runtime that makes cgroups itself, at the paths that it is told. systemd, which may have made the holder's, knows of none
-// below those of containers; but they are delegated to whoever is in them.
-func byPath(r containers.RuntimeInfo) (containers.RuntimeInfo, error) {
-	if r.Options == nil {
-		return r, nil
-	}
-	v, err := typeurl.UnmarshalAny(r.Options)
-	if err != nil {
-		return r, fmt.Errorf("options of runtime %s: %w", r.Name, err)
-	}
-	o, ok := v.(*options.Options)
-	if !ok || !o.SystemdCgroup {
-		return r, nil
-	}
-	o.SystemdCgroup = false
-	r.Options, err = typeurl.MarshalAny(o)
-	return r, err
 }
 
 // holder finds the container that the kubelet runs in a sandbox.

@@ -180,6 +180,7 @@ func (e *Engine) adopt(ctx context.Context, s *survey, id string) (*instance, er
 	if err != nil {
 		return i, err
 	}
+	e.cgroups.learnt.learn(i.pod.id, box.Holder.Group)
 	if err := e.writeFiles(i, box); err != nil {
 		return i, err
 	}

@@ -61,7 +61,7 @@ type sidecar interface {
 // sidecarID is the id of the container of an Instance's sidecar.
 func sidecarID(instance string) string { return instance + ".sidecar" }
 
-func (c cgroups) sidecar(instance string) string { return filepath.Join(c.pod(instance), "sidecar") }
+func (c cgroups) sidecar(instance string) string { return c.below(instance, "sidecar") }
 
 // limitSidecar sets the memory limit of a sidecar that has so many requests at once.
 func (c cgroups) limitSidecar(instance string, requests int) error {
@@ -106,7 +106,7 @@ func (e *Engine) sidecarSpec(ctx context.Context, i *instance, box sandbox) (*sp
 	s.Mounts = append(s.Mounts, specs.Mount{
 		Destination: sidecarControl, Type: "bind", Source: e.sidecarOf(i.id), Options: []string{"bind", "rprivate", "rw", "nosuid", "nodev", "noexec"},
 	})
-	s.Linux.CgroupsPath = e.cgroups.sidecar(i.id)
+	s.Linux.CgroupsPath = runcPath(e.cgroups.sidecar(i.id))
 	if s.Linux.Resources == nil {
 		s.Linux.Resources = &specs.LinuxResources{}
 	}

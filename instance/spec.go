@@ -49,7 +49,7 @@ func (e *Engine) spec(ctx context.Context, i *instance, box sandbox) (*specs.Spe
 	s.Process.Rlimits = nil // the shim's, as with the CRI
 	s.Mounts = append(s.Mounts, e.mounts(i.id)...)
 	s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities}
-	s.Linux.CgroupsPath = e.cgroups.function(i.place())
+	s.Linux.CgroupsPath = runcPath(e.cgroups.function(i.place()))
 	s.Linux.Resources.Pids = &specs.LinuxPids{Limit: &e.cfg.PidsLimit}
 	s.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &e.cfg.MemoryBytes}
 	if e.cgroups.swaps() {

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -97,37 +96,8 @@ func (b *bed) testFromZero(t *testing.T) {
 			}
 		}
 	}
-	b.counted(t, b.podOf(t, "code"))
 	b.thaws(t)
 	b.refused(t)
-}
-
-// counted wants the kubelet to count a Function's memory for its pod's container: kubectl top adds up the containers that it tells of. The
-// pause process and what it has loaded are the rest.
-func (b *bed) counted(t *testing.T, pod corev1.Pod) {
-	t.Helper()
-	await(t, "the memory of pod "+pod.Name, func(ctx context.Context) error {
-		text, err := b.run(ctx, nil, b.tool, "get", "--raw", "/api/v1/nodes/"+pod.Spec.NodeName+"/proxy/metrics/resource")
-		if err != nil {
-			return err
-		}
-		sum := map[string]float64{}
-		for line := range strings.Lines(text) {
-			fields := strings.Fields(line)
-			name, _, _ := strings.Cut(line, "{")
-			if len(fields) < 2 || !strings.Contains(line, `pod="`+pod.Name+`"`) {
-				continue
-			}
-			if n, err := strconv.ParseFloat(fields[1], 64); err == nil {
-				sum[name] += n
-			}
-		}
-		whole, containers := sum["pod_memory_working_set_bytes"], sum["container_memory_working_set_bytes"]
-		if whole < 1<<20 || containers < whole/2 {
-			return fmt.Errorf("its containers have %.0f bytes of its %.0f", containers, whole)
-		}
-		return nil
-	})
 }
 
 // wantsResources waits until a pod requests what its Function was promised: it was made with what its WarmPool has.
