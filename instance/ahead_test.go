@@ -45,6 +45,13 @@ func (r *reader) Replay(_ context.Context, image prefetch.Image) {
 	r.replays[image.ChainID]++
 }
 
+// seen is how often an image of one layer was read ahead, where recordings began, and how those went that have ended.
+func (r *reader) seen() (replays int, begun, ended []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.replays[oneLayer[0].DiffID], slices.Clone(r.begun), slices.Clone(r.ended)
+}
+
 type tracer struct{ r *reader }
 
 func (r *reader) tracer() prefetch.Tracer { return tracer{r} }
@@ -97,8 +104,8 @@ func TestPrefetch(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		if r.replays[oneLayer[0].DiffID] != 1 || len(r.begun) > 0 {
-			t.Errorf("prepared: %d replays, recorded in %v", r.replays[oneLayer[0].DiffID], r.begun)
+		if replays, begun, _ := r.seen(); replays != 1 || len(begun) > 0 {
+			t.Errorf("prepared: %d replays, recorded in %v", replays, begun)
 		}
 		if err := create(e, "a"); err != nil {
 			t.Fatal(err)
@@ -108,13 +115,13 @@ func TestPrefetch(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		if r.replays[oneLayer[0].DiffID] != 2 || !slices.Contains(r.begun, dir) || len(r.ended) > 0 {
-			t.Errorf("started: %d replays, recorded in %v, ended %v", r.replays[oneLayer[0].DiffID], r.begun, r.ended)
+		if replays, begun, ended := r.seen(); replays != 2 || !slices.Contains(begun, dir) || len(ended) > 0 {
+			t.Errorf("started: %d replays, recorded in %v, ended %v", replays, begun, ended)
 		}
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
-		if !slices.Equal(r.ended, []string{"ready"}) {
-			t.Errorf("recordings ended %v", r.ended)
+		if _, _, ended := r.seen(); !slices.Equal(ended, []string{"ready"}) {
+			t.Errorf("recordings ended %v", ended)
 		}
 	})
 }
@@ -135,8 +142,8 @@ func TestFailedStartIsNotLearnt(t *testing.T) {
 			t.Fatal("started")
 		}
 		synctest.Wait()
-		if !slices.Equal(r.ended, []string{"failed"}) {
-			t.Errorf("recordings ended %v", r.ended)
+		if _, _, ended := r.seen(); !slices.Equal(ended, []string{"failed"}) {
+			t.Errorf("recordings ended %v", ended)
 		}
 		if _, ok := r.Profile(identity.ChainID([]digest.Digest{oneLayer[0].DiffID})); ok {
 			t.Error("there is a profile")
