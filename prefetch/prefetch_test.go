@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -649,8 +650,9 @@ func TestKeep(t *testing.T) {
 	one, two := makeLayer(t, app, map[string]int{"own": 8 * kib}), makeLayer(t, digest.FromString("two"), map[string]int{"own": 8 * kib})
 	root := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
-		registry, short := prometheus.NewRegistry(), false
-		f := newPrefetcher(t, prefetch.Config{Root: root, Keep: 200 * kib, Registerer: registry, Short: func() (bool, error) { return short, nil }})
+		registry := prometheus.NewRegistry()
+		var short atomic.Bool
+		f := newPrefetcher(t, prefetch.Config{Root: root, Keep: 200 * kib, Registerer: registry, Short: func() (bool, error) { return short.Load(), nil }})
 		kept := func() float64 {
 			families, err := registry.Gather()
 			if err != nil {
@@ -688,13 +690,13 @@ func TestKeep(t *testing.T) {
 		if n := resident(t, lower, "large") + resident(t, one, "own"); n != 0 {
 			t.Errorf("%d bytes are in memory that nobody wants to keep", n)
 		}
-		short = true
+		short.Store(true)
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
 		if got := kept(); got != 0 {
 			t.Errorf("%v bytes are kept in a node that is short of memory", got)
 		}
-		short = false
+		short.Store(false)
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
 		if got := kept(); got != 0 {
