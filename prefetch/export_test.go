@@ -62,3 +62,6 @@ func Resolve(layers []Layer, ids [][2]uint64) map[[2]uint64]string {
 	}
 	return found
 }
+
+// Share is the part of n that both is of all.
+func Share(n, both, all int64) int64 { return share(n, both, all) }

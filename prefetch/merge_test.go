@@ -116,6 +116,26 @@ func TestFollowedProperties(t *testing.T) {
 	}
 }
 
+// TestShare: a part is never more than the whole, nor less than nothing, whatever was rounded.
+func TestShare(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 100_000 {
+		all := 1 + random.Int64N(1<<40)
+		n, both := random.Int64N(all+1), random.Int64N(all+1)
+		if got := prefetch.Share(n, both, all); got < 0 || got > n {
+			t.Fatalf("%d of %d is %d of %d", both, all, got, n)
+		}
+	}
+	for want, of := range map[int64][3]int64{0: {4096, 0, 8192}, 2048: {4096, 4096, 8192}, 4096: {4096, 8192, 8192}} {
+		if got := prefetch.Share(of[0], of[1], of[2]); got != want {
+			t.Errorf("share of %v is %d, want %d", of, got, want)
+		}
+	}
+	if got := prefetch.Share(0, 0, 0); got != 0 {
+		t.Errorf("a part of nothing is %d", got)
+	}
+}
+
 // TestWaste: of what is read ahead after three starts, the next ones need 80 % and more, and lack next to nothing.
 func TestWaste(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))

@@ -186,6 +186,14 @@ func (f *Prefetcher) takeReport(s *Start) *report {
 	return r
 }
 
+// share is the part of n that both is of all.
+func share(n, both, all int64) int64 {
+	if both >= all {
+		return n
+	}
+	return min(n, int64(float64(n)*float64(both)/float64(all)))
+}
+
 // compare counts what was read ahead and needed, and what was not.
 func (r *report) compare(f *Prefetcher, image Image, t trace.Trace) {
 	needed := map[fileID][]Range{}
@@ -193,24 +201,24 @@ func (r *report) compare(f *Prefetcher, image Image, t trace.Trace) {
 		id := fileID{a.Device, a.Inode}
 		needed[id] = cover(needed[id], Range{Offset: a.Offset, Length: a.Length})
 	}
-	var used, ahead float64
+	var used, ahead int64
 	r.mu.Lock()
 	for id, list := range r.spans {
 		for _, s := range list {
-			ahead += float64(s.missing)
+			var both int64
 			for _, n := range needed[id] {
-				if both := min(s.end(), n.end()) - max(s.offset, n.Offset); both > 0 {
-					used += float64(both) * float64(s.missing) / float64(s.length) // which part of it was missing is not known
-				}
+				both += max(0, min(s.end(), n.end())-max(s.offset, n.Offset))
 			}
+			ahead += s.missing
+			used += share(s.missing, both, s.length) // which part of it was missing is not known
 		}
 	}
 	r.mu.Unlock()
-	f.metrics.used.Add(used)
-	f.metrics.inVain.Add(ahead - used)
+	f.metrics.used.Add(float64(used))
+	f.metrics.inVain.Add(float64(ahead - used))
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	k := f.of(image.ChainID)
-	k.usage.Used += int64(used)
-	k.usage.InVain += int64(ahead - used)
+	k.usage.Used += used
+	k.usage.InVain += ahead - used
 }
